@@ -1,0 +1,188 @@
+"""The whole network: encode and decode sparse tokens of any modality in three calls.
+
+    encoding = network.encode(tokens)            # patches [N, 3072]
+    latents = encoding.posterior.mean            # or encoding.latents: quantised where the model is discrete
+    patches = network.decode(latents)            # [N, 3072]
+
+There is no branch for a modality here: it is what happens before `encode` and after `decode`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.errors import InputError
+from tokenizer.model.config import ATokenConfig
+from tokenizer.model.context import Tiling, context_tiles
+from tokenizer.model.decoder import Decoder
+from tokenizer.model.encoder import Encoder
+from tokenizer.model.plan import item_segments, tile_plan
+from tokenizer.model.posterior import Posterior
+from tokenizer.model.transformer import BlockCache, Observer
+from tokenizer.quantizers import Quantized, Quantizer, make_quantizer
+from tokenizer.sparse import SparseTokens
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the encoder says about a batch.
+
+    features: [N, D] tokens for understanding, after the final norm.
+    pooled: [B, D] one vector an item, not normalised (use torch.nn.functional.normalize to compare with text).
+    posterior: the Gaussian over latents.
+    quantizer: the model's, or None for continuous models.
+    """
+
+    features: SparseTokens
+    pooled: Tensor
+    posterior: Posterior
+    quantizer: Quantizer | None
+
+    @functools.cached_property
+    def quantized(self) -> Quantized | None:
+        """Quantised means, or None for a continuous model."""
+        return None if self.quantizer is None else self.quantizer.quantize(self.posterior.mean.features)
+
+    @property
+    def indices(self) -> SparseTokens | None:
+        """[N, codebooks] int32 tokens, or None for a continuous model."""
+        return None if self.quantized is None else self.features.with_features(self.quantized.indices)
+
+    @property
+    def latents(self) -> SparseTokens:
+        """[N, C]: what to decode. The quantised values of a discrete model, the mean of a continuous one."""
+        mean = self.posterior.mean
+        return mean if self.quantized is None else mean.with_features(self.quantized.values)
+
+
+class ATokenNetwork(nn.Module):
+    """Encoder, posterior, quantiser and decoder.
+
+    Args:
+        config: sizes; see `tokenizer.model.config` for the named ones.
+
+    Parameters are drawn by `reset_parameters(generator)`; right after construction they are torch's defaults.
+    """
+
+    def __init__(self, config: ATokenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder, config.patch_features, config.latent_channels, config.linear_skip)
+        self.decoder = (
+            Decoder(config.decoder, config.latent_channels, config.patch_features, config.linear_skip)
+            if config.decoder is not None
+            else None
+        )
+        self.quantizer: Quantizer | None = (
+            make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.to_posterior.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.to_posterior.weight.dtype
+
+    def encode(self, patches: SparseTokens, observe: Observer | None = None) -> Encoding:
+        """Encode a batch of any sizes and modalities.
+
+        Tiles of `config.tile_frames` frames are encoded independently; the pooled vector sees all of them.
+
+        Args:
+            patches: [N, P] with pixel values in [-1, 1] (see `tokenizer.patches`). Cast to the model's dtype.
+            observe: see `Transformer.forward`.
+
+        Raises:
+            InputError: no tokens, an item without tokens, a wrong feature count, another device, or (on a CPU) values
+                that `SparseTokens.validate` refuses.
+        """
+        patches = self._checked(patches, self.config.patch_features, "patches")
+        plan = tile_plan(patches, self.config.tile_steps)
+        features, parameters = self.encoder(patches.features, plan, observe)
+        pooled = self.encoder.pool(features, item_segments(patches), patches.batch_size)
+        return Encoding(
+            features=patches.with_features(features),
+            pooled=pooled,
+            posterior=Posterior(patches.with_features(parameters)),
+            quantizer=self.quantizer,
+        )
+
+    def decode(
+        self, latents: SparseTokens, tiling: Tiling | None = None, observe: Observer | None = None
+    ) -> SparseTokens:
+        """Decode a batch of latents to patches [N, P].
+
+        Args:
+            latents: [N, C], continuous or quantised values; or [N, codebooks] integer indices of a discrete model.
+            tiling: tile stride and context in frames; the default is the released one, independent tiles.
+            observe: see `Transformer.forward`; for independent tiles only.
+
+        Raises:
+            InputError: as for `encode`, a model without a decoder, or an illegal tiling.
+        """
+        if self.decoder is None:
+            raise InputError(f"{self.config.name} has no decoder; load a configuration with one")
+        if not latents.features.is_floating_point():
+            latents = latents.with_features(self.values_of(latents.features))
+        latents = self._checked(latents, self.config.latent_channels, "latents")
+        tiling = tiling or Tiling(stride=self.config.tile_frames)
+        stride, context = tiling.steps(self.config.patch_size[0], self.config.tile_frames)
+        if context == 0:
+            return latents.with_features(self.decoder(latents.features, tile_plan(latents, stride), observe=observe))
+        caches: list[BlockCache] = []
+        patches = latents.features.new_empty(latents.num_tokens, self.config.patch_features)
+        for rows, plan in context_tiles(latents, stride, context):
+            patches = patches.index_copy(0, rows, self.decoder(latents.features[rows], plan, caches))
+        return latents.with_features(patches)
+
+    def values_of(self, indices: Tensor) -> Tensor:
+        """Codebook indices [N, codebooks] -> latent values [N, C].
+
+        Raises:
+            InputError: the model is continuous, or the indices are not its.
+        """
+        if self.quantizer is None:
+            raise InputError(f"{self.config.name} is continuous and has no codebook; give it latents, not indices")
+        return self.quantizer.decode(indices)
+
+    def _checked(self, tokens: SparseTokens, channels: int, what: str) -> SparseTokens:
+        if tokens.num_tokens == 0:
+            raise InputError(f"the batch of {what} holds no tokens; give at least one item with one token")
+        if bool((tokens.lengths == 0).any()):
+            item = int((tokens.lengths == 0).int().argmax())
+            raise InputError(f"item {item} of the batch has no tokens; leave it out")
+        if tokens.num_channels != channels:
+            raise InputError(f"{self.config.name} takes {what} of {channels} channels, got {tokens.num_channels}")
+        if tokens.device != self.device:
+            raise InputError(
+                f"the {what} are on {tokens.device}, the model on {self.device}; use tokens.to(model.device)"
+            )
+        tokens = tokens.to(dtype=self.dtype)
+        # On a device the check would make the host wait; there it is the caller's choice.
+        return tokens.validate() if tokens.device.type == "cpu" and not torch.compiler.is_compiling() else tokens
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw every parameter anew.
+
+        Linear weights are truncated normal with std 0.02, biases zero, norms one; the layers that write into the
+        residual stream are scaled by 1 / sqrt(2 depth), and `to_posterior` and `to_patches` by their width.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for stack in (self.encoder.transformer, *([self.decoder.transformer] if self.decoder else [])):
+            if stack.positions is not None:
+                nn.init.normal_(stack.positions.weight, std=0.02, generator=generator)
+            for block in stack.blocks:
+                for layer in (block.attention.out, block.mlp.down):
+                    layer.weight.mul_((2 * max(1, stack.config.depth)) ** -0.5)
+        nn.init.normal_(self.encoder.pool.probe, std=0.02, generator=generator)
