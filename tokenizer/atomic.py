@@ -29,8 +29,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if target.is_dir() and temporary.is_dir():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            # A folder cannot be renamed onto a full one: the old one steps aside and goes when the new one is there.
+            old = temporary.with_name(temporary.name + ".old")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.replace(target)
     finally:
         # After a successful rename nothing is left to remove; after a failure nothing half-written may stay.
         if temporary.is_dir():

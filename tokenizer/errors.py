@@ -11,15 +11,16 @@ class InputError(ValueError):
     """
 
 
-def require_package(name: str, purpose: str, extra: str) -> None:
+def require_package(name: str, purpose: str, extra: str | None = None) -> None:
     """Raise `InputError` unless the package `name` can be imported.
 
     Args:
         name: import name of the optional package.
         purpose: what it is needed for, as a phrase ("reading videos").
-        extra: the extra of this project that installs it.
+        extra: the extra of this project that installs it; without one it comes with the project itself.
     """
     import importlib.util
 
     if importlib.util.find_spec(name) is None:
-        raise InputError(f"{purpose} needs the package '{name}', which is not installed: pip install '.[{extra}]'")
+        remedy = f"'.[{extra}]'" if extra else name
+        raise InputError(f"{purpose} needs the package '{name}', which is not installed: pip install {remedy}")

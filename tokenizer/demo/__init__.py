@@ -1,0 +1,9 @@
+"""The photograph and the clip that `atoken demo` reconstructs; CREDITS.md says where they come from."""
+
+from pathlib import Path
+
+PHOTOGRAPH = Path(__file__).with_name("coffee.jpg")
+"""600x400 scaled to 384x256."""
+
+CLIP = Path(__file__).with_name("bunny.mp4")
+"""36 frames of 320x180 at 25 frames per second."""

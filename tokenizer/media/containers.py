@@ -1,0 +1,142 @@
+"""Frames of video files (MP4, WebM, MKV, AVI, MOV, ...) through PyAV, that is FFmpeg.
+
+PyAV and not decord: on intact MP4 and MKV files both give the same bytes, but decord repeats neighbouring frames where
+its seek index is wrong (MPEG program streams), takes a truncated WebM or MKV for a short one, and prints to stderr
+from native code, which a command line with one-line errors cannot have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer.errors import InputError, require_package
+from tokenizer.media.images import damaged
+
+if TYPE_CHECKING:
+    import av
+
+# A container may end this much before the duration it declares (rounding, a last frame without a duration).
+_MISSING_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """When each frame of a video is shown, found without decoding it."""
+
+    timestamps: NDArray[np.float64]
+    """Seconds from the first frame, ascending, one per frame."""
+    frame_rate: Fraction
+    """Frames per second, averaged over the video."""
+    variable: bool
+    """Whether the time between frames varies by more than rounding."""
+
+
+def index_frames(timestamps: NDArray[np.float64], tick: float, declared_rate: Fraction | None) -> FrameIndex:
+    """Make a `FrameIndex` of presentation times.
+
+    Args:
+        timestamps: seconds, at least one, any order.
+        tick: resolution of the times in seconds; steps that differ by up to two ticks count as equal.
+        declared_rate: frames per second that the file states; used when the times agree on a constant rate.
+    """
+    times = np.sort(timestamps)
+    times = times - times[0]
+    steps = np.diff(times)
+    if len(steps) == 0 or times[-1] <= 0:
+        return FrameIndex(times, declared_rate or Fraction(25), variable=False)
+    variable = bool(steps.max() - steps.min() > max(2 * tick, 0.05 * float(np.median(steps))) + 1e-9)
+    average = Fraction(len(steps) / float(times[-1])).limit_denominator(1001)
+    agrees = declared_rate is not None and abs(float(declared_rate / average) - 1) < 0.01
+    rate = declared_rate if declared_rate is not None and agrees and not variable else average
+    return FrameIndex(times, rate, variable)
+
+
+def scan(path: Path) -> FrameIndex:
+    """Read all packets of a video file, decoding none: frame times, and whether the file is whole.
+
+    Raises:
+        InputError: not a video, no video stream or no frames in it, or data missing at the end.
+    """
+    with _open(path) as (container, stream):
+        times: list[float] = []
+        end = 0.0
+        try:
+            for packet in container.demux():
+                time = packet.pts if packet.pts is not None else packet.dts
+                if packet.size == 0 or time is None or packet.time_base is None:
+                    continue  # the empty packets that end each stream
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index == stream.index and not packet.is_discard:
+                    times.append(float(time * packet.time_base))
+        except _ffmpeg_errors() as error:
+            raise damaged(str(path), error) from error
+        if not times:
+            raise InputError(f"{path}: is a video with no frames")
+        start = (container.start_time or 0) / 1e6
+        _check_whole(path, container, stream.frames, len(times), end - start)
+        tick = float(stream.time_base) if stream.time_base is not None else 0.0
+        return index_frames(np.array(times), tick, stream.average_rate or stream.guessed_rate)
+
+
+def decode(path: Path) -> Generator[NDArray[np.uint8], None, None]:
+    """Decode a video file frame by frame, upright, as uint8 [H, W, 3] RGB.
+
+    Raises:
+        InputError: a frame is damaged.
+    """
+    with _open(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        count = 0
+        try:
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise InputError(f"{path}: is truncated or damaged (frame {count} cannot be decoded whole)")
+                pixels: NDArray[np.uint8] = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+                # FFmpeg states the rotation anticlockwise, as rot90 takes it.
+                yield np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90)) if frame.rotation else pixels
+                count += 1
+        except _ffmpeg_errors() as error:
+            raise damaged(str(path), error) from error
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    require_package("av", "reading and writing videos")
+    import av
+
+    # The exceptions carry what FFmpeg says; it shall not print beside them.
+    av.logging.set_level(av.logging.PANIC)
+    try:
+        container = av.open(str(path))
+    except _ffmpeg_errors() as error:
+        raise InputError(f"{path}: is not a video that can be read, or it is truncated ({_reason(error)})") from error
+    with container:
+        if not container.streams.video:
+            raise InputError(f"{path}: has no video stream")
+        yield container, container.streams.video[0]
+
+
+def _check_whole(path: Path, container: Any, declared_frames: int, frames: int, seconds: float) -> None:
+    if frames < declared_frames:
+        raise InputError(f"{path}: is truncated: it declares {declared_frames} frames and holds {frames}")
+    declared_seconds = (container.duration or 0) / 1e6
+    if declared_seconds - seconds > _MISSING_SECONDS:
+        raise InputError(f"{path}: is truncated: it declares {declared_seconds:.1f} s and holds {seconds:.1f} s")
+
+
+def _ffmpeg_errors() -> tuple[type[Exception], ...]:
+    import av
+
+    return (av.error.FFmpegError, OSError)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
