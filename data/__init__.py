@@ -1,0 +1,1 @@
+"""Bytes to samples: images, videos and meshes, read, chosen, cropped and packed for training."""
