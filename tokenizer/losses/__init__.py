@@ -1,0 +1,1 @@
+"""Losses that compare a reconstruction with its original."""
