@@ -37,7 +37,7 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def picture() -> NDArray[np.uint8]:
     """A coloured picture without sharp edges, uint8 [45, 61, 3]; both sides odd."""
-    return _scene(1, 45, 61)[0]
+    return np.asarray(_scene(1, 45, 61)[0])
 
 
 @pytest.fixture(scope="session")

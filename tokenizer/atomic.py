@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -22,6 +25,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         The path to write to.
+
+    Raises:
+        OSError: as the writing raised it, naming `path`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +42,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.replace(target)
+    except OSError as error:
+        # Users know the file they asked for, not the temporary one; and a full disk comes without any name.
+        unnamed = error.filename is None and error.errno in _NO_ROOM
+        if unnamed or temporary.name in str(error.filename):
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         # After a successful rename nothing is left to remove; after a failure nothing half-written may stay.
         if temporary.is_dir():

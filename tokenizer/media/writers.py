@@ -187,8 +187,7 @@ def _container(
     except av.codec.codec.UnknownCodecError as error:
         raise InputError(f"{path}: this build of PyAV has no encoder {codec}; write .npy or PNG frames") from error
     muxer_options = {"movflags": "+faststart"} if ending == ".mp4" else {}
-    # Through a Python file, so that a full disk is an OSError with its reason at the write that failed.
-    with path.open("w+b") as file, av.open(file, "w", format=ending[1:], options=muxer_options) as container:
+    with av.open(str(path), "w", format=ending[1:], options=muxer_options) as container:
         stream: Any = container.add_stream(codec, rate=frame_rate, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = pixel_format
