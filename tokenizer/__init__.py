@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizer.errors import InputError
-    from tokenizer.model.atoken import AToken
+    from tokenizer.api import AToken
     from tokenizer.model.config import ATokenConfig
     from tokenizer.sparse import SparseTokens
     from tokenizer.tokenfile import TokenFile

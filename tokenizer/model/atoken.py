@@ -20,6 +20,7 @@ from tokenizer.model.config import ATokenConfig
 from tokenizer.model.context import Tiling, context_tiles
 from tokenizer.model.decoder import Decoder
 from tokenizer.model.encoder import Encoder
+from tokenizer.model.linear_skip import LinearDecoderSkip, LinearEncoderSkip
 from tokenizer.model.plan import item_segments, tile_plan
 from tokenizer.model.posterior import Posterior
 from tokenizer.model.transformer import BlockCache, Observer
@@ -71,12 +72,12 @@ class ATokenNetwork(nn.Module):
     def __init__(self, config: ATokenConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder, config.patch_features, config.latent_channels, config.linear_skip)
-        self.decoder = (
-            Decoder(config.decoder, config.latent_channels, config.patch_features, config.linear_skip)
-            if config.decoder is not None
-            else None
-        )
+        patch, latent = config.patch_features, config.latent_channels
+        frame = patch // config.patch_size[0]
+        encoder_skip = LinearEncoderSkip(patch, frame, latent) if config.linear_skip else None
+        decoder_skip = LinearDecoderSkip(latent, patch) if config.linear_skip else None
+        self.encoder = Encoder(config.encoder, patch, latent, encoder_skip)
+        self.decoder = Decoder(config.decoder, latent, patch, decoder_skip) if config.decoder is not None else None
         self.quantizer: Quantizer | None = (
             make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
         )
@@ -126,11 +127,8 @@ class ATokenNetwork(nn.Module):
         Raises:
             InputError: as for `encode`, a model without a decoder, or an illegal tiling.
         """
-        if self.decoder is None:
-            raise InputError(f"{self.config.name} has no decoder; load a configuration with one")
-        if not latents.features.is_floating_point():
-            latents = latents.with_features(self.values_of(latents.features))
-        latents = self._checked(latents, self.config.latent_channels, "latents")
+        latents = self.checked_latents(latents)
+        assert self.decoder is not None
         tiling = tiling or Tiling(stride=self.config.tile_frames)
         stride, context = tiling.steps(self.config.patch_size[0], self.config.tile_frames)
         if context == 0:
@@ -140,6 +138,14 @@ class ATokenNetwork(nn.Module):
         for rows, plan in context_tiles(latents, stride, context):
             patches = patches.index_copy(0, rows, self.decoder(latents.features[rows], plan, caches))
         return latents.with_features(patches)
+
+    def checked_latents(self, latents: SparseTokens) -> SparseTokens:
+        """`latents` as the decoder reads them: indices turned into values, cast to the model's dtype, checked."""
+        if self.decoder is None:
+            raise InputError(f"{self.config.name} has no decoder; load a configuration with one")
+        if not latents.features.is_floating_point():
+            latents = latents.with_features(self.values_of(latents.features))
+        return self._checked(latents, self.config.latent_channels, "latents")
 
     def values_of(self, indices: Tensor) -> Tensor:
         """Codebook indices [N, codebooks] -> latent values [N, C].

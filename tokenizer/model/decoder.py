@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tokenizer.model.config import TransformerConfig
+from tokenizer.model.linear_skip import LinearDecoderSkip
 from tokenizer.model.plan import Plan
 from tokenizer.model.transformer import BlockCache, Observer, Transformer
 
@@ -16,16 +17,20 @@ class Decoder(nn.Module):
         config: sizes of the transformer.
         latent_channels: channels of a latent.
         patch_features: features of an output token.
-        linear_skip: add a learned linear reading of the latent to the patch.
+        skip: a linear reading of the latent, added to what the transformer says; released models have none.
     """
 
     def __init__(
-        self, config: TransformerConfig, latent_channels: int, patch_features: int, linear_skip: bool = False
+        self,
+        config: TransformerConfig,
+        latent_channels: int,
+        patch_features: int,
+        skip: LinearDecoderSkip | None = None,
     ) -> None:
         super().__init__()
         self.transformer = Transformer(config, latent_channels)
         self.to_patches = nn.Linear(config.width, patch_features, bias=False)
-        self.skip = nn.Linear(latent_channels, patch_features) if linear_skip else None
+        self.skip = skip
 
     def forward(
         self,

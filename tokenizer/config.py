@@ -1,0 +1,95 @@
+"""Typed configurations from YAML, JSON and `key=value`: an unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from tokenizer.errors import InputError
+
+_Config = TypeVar("_Config")
+
+
+def parse_config(kind: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+    """Build the dataclass `kind` (which may nest others) from a mapping.
+
+    Args:
+        where: the file or source, for messages.
+
+    Raises:
+        InputError: unknown or missing keys and values of the wrong type, one line each, all of them.
+    """
+    _refuse_unknown(kind, values, where, "")
+    try:
+        return _adapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise InputError(f"{where}: {'; '.join(problems)}") from None
+
+
+def load_config(kind: type[_Config], path: Path, overrides: Sequence[str] = ()) -> _Config:
+    """Read a YAML or JSON file into the dataclass `kind`, then apply `key.sub=value` overrides.
+
+    Raises:
+        InputError: an unreadable file, an override without "=", or anything `parse_config` refuses.
+    """
+    values = read_mapping(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"'{override}' is not an override; write key=value, for example steps=100")
+        node = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{override}: '{parent}' is a value, not a group of settings")
+        node[last] = yaml.safe_load(text)
+    return parse_config(kind, values, str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file whose top level is a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not valid: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold key: value pairs at the top level")
+    return values
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values; `parse_config` reads it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return plain
+
+
+def _adapter(kind: type[_Config]) -> TypeAdapter[_Config]:
+    # Strict enough that "yes" is no number, lax enough that YAML's 1e-4 (a string to YAML 1.1) is one.
+    return TypeAdapter(kind)
+
+
+def _refuse_unknown(kind: type[Any], values: Mapping[str, Any], where: str, prefix: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean '{prefix}{near[0]}'?" if near else f"; known keys: {', '.join(hints)}"
+            raise InputError(f"{where}: unknown key '{prefix}{key}'{hint}")
+        nested = [part for part in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(part)]
+        if nested and isinstance(value, Mapping):
+            _refuse_unknown(nested[0], value, where, f"{prefix}{key}.")  # type: ignore[arg-type]

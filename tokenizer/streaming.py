@@ -1,0 +1,168 @@
+"""Videos of any length in bounded memory: frames in, tokens out as they are ready, and back (FORMAT 10).
+
+Both directions hold one tile. The results equal those of the whole-video calls: tiles are encoded independently there
+too, and decoding with context goes through the same planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenizer.errors import InputError
+from tokenizer.model.atoken import ATokenNetwork, Encoding
+from tokenizer.model.context import ContextPlanner, Tiling
+from tokenizer.model.transformer import BlockCache
+from tokenizer.patches import Fit, VisualSize, tokens_to_pixels, video_to_tokens
+from tokenizer.sparse import SparseTokens
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTile:
+    """A tile of a stream: its encoding, with t counted from the start of the video, and the frames it stands for.
+
+    encoding.pooled describes this tile alone.
+    """
+
+    encoding: Encoding
+    frames: int
+
+
+def encode_stream(network: ATokenNetwork, frames: Iterable[Tensor], fit: Fit = "pad") -> Iterator[EncodedTile]:
+    """Encode a video that arrives in pieces.
+
+    Args:
+        frames: blocks [T, H, W, 3] of any T, or single frames [H, W, 3], floats in [-1, 1], all of one size.
+        fit: as in `tokenizer.patches`; "crop" drops trailing frames that fill no patch, as released.
+
+    Yields:
+        A tile for every `tile_frames` frames and one for what remains.
+
+    Raises:
+        InputError: no frames at all, or a block of another size.
+    """
+    patch, tile = network.config.patch_size, network.config.tile_frames
+    step = 0
+    for block in _tiles(frames, tile):
+        if fit == "crop" and step and len(block) < patch[0]:
+            return  # the released call drops these frames; at the very start it would pad them instead
+        tokens, size = video_to_tokens(block, patch, fit)
+        positions = tokens.positions.clone()
+        positions[:, 0] += step
+        tokens = SparseTokens(tokens.features, positions, tokens.lengths).to(network.device)
+        with torch.no_grad():
+            yield EncodedTile(network.encode(tokens), size.frames)
+        step += tile // patch[0]
+    if step == 0:
+        raise InputError("the video has no frames")
+
+
+def decode_stream(
+    network: ATokenNetwork, chunks: Iterable[SparseTokens], size: VisualSize, tiling: Tiling | None = None
+) -> Iterator[Tensor]:
+    """Decode one video whose tokens arrive in order of time.
+
+    Args:
+        chunks: latents or indices, one item each, any number of tokens; time never goes back from chunk to chunk.
+        size: of the whole video; says where to cut.
+        tiling: stride and context in frames; the default is the released one.
+
+    Yields:
+        Frames [T, H, W, 3], floats, not clamped, T up to the stride; `size.frames` in all.
+
+    Raises:
+        InputError: chunks out of order, too few tokens for `size`, or an illegal tiling.
+    """
+    config = network.config
+    tiling = tiling or Tiling(stride=config.tile_frames)
+    stride, context = tiling.steps(config.patch_size[0], config.tile_frames)
+    decoder = _TileDecoder(network, context)
+    left = size.frames
+    for number, tile in enumerate(_regroup(chunks, stride)):
+        local = tile.positions.clone()
+        local[:, 0] -= number * stride
+        part = SparseTokens(tile.features, local, tile.lengths)
+        frames = min(left, stride * config.patch_size[0])
+        if frames <= 0:
+            raise InputError(f"there are tokens beyond the {size.frames} frames of the video; is its size right?")
+        with torch.no_grad():
+            patches = decoder.decode(part.to(network.device))
+        left -= frames
+        yield tokens_to_pixels(patches, [VisualSize("video", frames, size.height, size.width)], config.patch_size)[0]
+    if left:
+        raise InputError(f"the tokens end {left} frames before the {size.frames} frames of the video")
+
+
+class _TileDecoder:
+    """Decodes successive tiles, carrying cached keys and values from one to the next."""
+
+    def __init__(self, network: ATokenNetwork, context: int) -> None:
+        self.network = network
+        self.caches: list[BlockCache] = []
+        self.planner = ContextPlanner(context, network.device) if context else None
+
+    def decode(self, tile: SparseTokens) -> SparseTokens:
+        """One tile as one item, t from 0."""
+        if self.planner is None:
+            return self.network.decode(tile)
+        latents = self.network.checked_latents(tile)
+        plan = self.planner.next(latents.host_positions.long(), torch.zeros(latents.num_tokens, dtype=torch.int64))
+        assert self.network.decoder is not None
+        return latents.with_features(self.network.decoder(latents.features, plan, self.caches))
+
+
+def _tiles(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Regroup blocks and single frames into blocks of `size` frames; the last may be shorter."""
+    held: list[Tensor] = []
+    count = 0
+    for piece in frames:
+        block = piece[None] if piece.ndim == 3 else piece
+        if held and block.shape[1:] != held[0].shape[1:]:
+            raise InputError(f"frames change size from {tuple(held[0].shape[1:3])} to {tuple(block.shape[1:3])}")
+        while len(block):
+            part, block = block[: size - count], block[size - count :]
+            held.append(part)
+            count += len(part)
+            if count == size:
+                yield torch.cat(held)
+                held, count = [], 0
+    if count:
+        yield torch.cat(held)
+
+
+def _regroup(chunks: Iterable[SparseTokens], steps: int) -> Iterator[SparseTokens]:
+    """Regroup chunks into tiles of `steps` latent time steps, t kept; nothing is held beyond one tile and a chunk."""
+    held: list[SparseTokens] = []
+    tile = 0
+    for chunk in chunks:
+        while chunk.num_tokens:
+            number = chunk.host_positions[:, 0].long() // steps
+            if int(number.min()) < tile:
+                raise InputError(
+                    f"tokens of latent step {int(chunk.host_positions[:, 0].min())} come too late in the stream"
+                )
+            mine = number == tile
+            rows = torch.nonzero(mine).flatten()
+            if len(rows):
+                held.append(_take(chunk, rows))
+            if bool(mine.all()):
+                break
+            chunk = _take(chunk, torch.nonzero(~mine).flatten())
+            if held:
+                yield _join(held)
+            held, tile = [], tile + 1
+    if held:
+        yield _join(held)
+
+
+def _take(tokens: SparseTokens, rows: Tensor) -> SparseTokens:
+    there = rows.to(tokens.device)
+    return SparseTokens(tokens.features[there], tokens.positions[there], [len(rows)])
+
+
+def _join(parts: list[SparseTokens]) -> SparseTokens:
+    features = torch.cat([part.features for part in parts])
+    return SparseTokens(features, torch.cat([part.positions for part in parts]), [len(features)])

@@ -1,0 +1,1 @@
+"""How AToken is trained: data store, objective, schedule, state and the plain single-process loop."""

@@ -1,0 +1,76 @@
+"""The state of a run on disk: written whole or not at all, found again by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenizer.atomic import atomic_path
+from tokenizer.errors import InputError
+from tokenizer.training.optimizer import MovingAverage
+
+STATE_FILE = "state.pt"
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    network: nn.Module,
+    average: MovingAverage,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    settings: dict[str, Any],
+) -> None:
+    """Write everything a run needs to go on after `step` steps, replacing the state before it."""
+    with atomic_path(folder / STATE_FILE) as path:
+        torch.save(
+            {
+                "step": step,
+                "network": network.state_dict(),
+                "average": average.network.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "generator": generator.get_state(),
+                "settings": settings,
+            },
+            path,
+        )
+
+
+def load_state(
+    folder: Path,
+    network: nn.Module,
+    average: MovingAverage,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    settings: dict[str, Any],
+) -> int:
+    """Continue from `folder` if it holds a state.
+
+    Returns:
+        The number of steps done, 0 without a state.
+
+    Raises:
+        InputError: the state belongs to a run with other settings (the number of steps and intervals may change).
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    changed = [key for key, value in settings.items() if state["settings"].get(key) != value and key not in _MAY_CHANGE]
+    if changed:
+        raise InputError(
+            f"{path} belongs to a run with other settings ({', '.join(sorted(changed))}); "
+            "choose another out= folder or remove it"
+        )
+    network.load_state_dict(state["network"])
+    average.network.load_state_dict(state["average"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    generator.set_state(state["generator"])
+    return int(state["step"])
+
+
+_MAY_CHANGE = {"steps", "validate_every", "save_every", "out", "data"}

@@ -1,0 +1,127 @@
+"""Random crops from a training store: a folder of uint8 arrays with a manifest (`python -m data.sources.nano`).
+
+Every batch is a function of (seed, step), so a resumed run sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.config import read_mapping
+from tokenizer.errors import InputError
+from tokenizer.patches import PatchSize, grid_positions, patchify, uint8_to_float
+from tokenizer.sparse import SparseTokens
+from tokenizer.training.config import BatchConfig
+
+VALIDATION_SHARE = 16
+"""One source file in this many is kept for validation."""
+
+
+@dataclass(frozen=True, slots=True)
+class CropBatch:
+    """Patches of a step: the image items first, then the clips.
+
+    patches: [N, P] in [-1, 1].
+    images / clips: number of items; image_tokens: number of rows that belong to images.
+    """
+
+    patches: SparseTokens
+    images: int
+    clips: int
+    image_tokens: int
+    image_side: int
+
+
+class TrainingStore:
+    """Arrays of a store, memory-mapped, split by source file into training and validation."""
+
+    def __init__(self, folder: str | Path, kinds: Mapping[str, float], *, validation: bool = False) -> None:
+        self.folder = Path(folder)
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            raise InputError(
+                f"{self.folder}: no training store here; make one with: python -m data.sources.nano --out {folder}"
+            )
+        entries = read_mapping(manifest)["arrays"]
+        chosen = [e for e in entries if kinds.get(e["kind"], 0) > 0 and _is_validation(e) == validation]
+        self._images = _Weighted(self.folder, [e for e in chosen if e["path"].startswith("images/")], kinds)
+        self._clips = _Weighted(self.folder, [e for e in chosen if e["path"].startswith("clips/")], kinds)
+
+    def batch(self, config: BatchConfig, patch_size: PatchSize, seed: tuple[int, ...]) -> CropBatch:
+        """The batch for `seed`, for example (run seed, step)."""
+        rng = np.random.default_rng(seed)
+        image_side, clip_side = int(rng.choice(config.image_sides)), int(rng.choice(config.clip_sides))
+        images = [self._images.crop(rng, 1, image_side) for _ in range(config.images)]
+        clips = [self._clips.crop(rng, config.clip_frames, clip_side) for _ in range(config.clips)]
+        parts = [_tokens(pixels, patch_size) for pixels in (*images, *clips)]
+        return CropBatch(
+            patches=SparseTokens.cat(parts),
+            images=len(images),
+            clips=len(clips),
+            image_tokens=sum(part.num_tokens for part in parts[: len(images)]),
+            image_side=image_side,
+        )
+
+    def sample_patches(self, count: int, patch_size: PatchSize, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Random single patches: stills [count, P / Pt] and clips [count, P], in [-1, 1], for fitting linear codes."""
+        rng = np.random.default_rng(seed)
+        frames, side = patch_size[0], 4 * patch_size[1]
+        still = [self._images.crop(rng, 1, side) for _ in range(count // 16)]
+        moving = [self._clips.crop(rng, frames, side) for _ in range(count // 16)]
+        stills = torch.cat([patchify(uint8_to_float(torch.from_numpy(p)), (1, *patch_size[1:])) for p in still])
+        return stills, torch.cat([patchify(uint8_to_float(torch.from_numpy(p)), patch_size) for p in moving])
+
+
+class _Weighted:
+    """Arrays drawn by the weight of their kind, shared equally by the arrays of that kind."""
+
+    def __init__(self, folder: Path, entries: list[dict[str, object]], kinds: Mapping[str, float]) -> None:
+        self._arrays = [np.load(folder / str(entry["path"]), mmap_mode="r") for entry in entries]
+        names = [str(entry["kind"]) for entry in entries]
+        weights = np.array([kinds[name] / names.count(name) for name in names])
+        self._weights = weights / weights.sum() if len(weights) else weights
+
+    def crop(self, rng: np.random.Generator, frames: int, side: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """A random crop [frames, side, side, 3], mirrored at random; clips may run backwards."""
+        for _ in range(100):
+            array = self._arrays[int(rng.choice(len(self._arrays), p=self._weights))]
+            array = array[None] if array.ndim == 3 else array
+            if array.shape[0] >= frames and min(array.shape[1:3]) >= side:
+                break
+        else:
+            raise InputError(
+                f"the store has hardly any array of {frames} frames and {side} pixels; choose smaller crops"
+            )
+        t, y, x = (
+            int(rng.integers(have - want + 1)) for have, want in zip(array.shape, (frames, side, side), strict=False)
+        )
+        pixels = array[t : t + frames, y : y + side, x : x + side]
+        if rng.random() < 0.5:
+            pixels = pixels[:, :, ::-1]
+        if rng.random() < 0.5:
+            pixels = pixels[::-1]
+        return np.ascontiguousarray(pixels)
+
+
+def _tokens(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], patch_size: PatchSize) -> SparseTokens:
+    frames = uint8_to_float(torch.from_numpy(pixels))
+    if len(frames) == 1:
+        frames = torch.cat([frames, frames.new_zeros(patch_size[0] - 1, *frames.shape[1:])])
+    grid = (frames.shape[0] // patch_size[0], frames.shape[1] // patch_size[1], frames.shape[2] // patch_size[2])
+    features = patchify(frames, patch_size)
+    return SparseTokens(features, grid_positions(grid), [len(features)])
+
+
+def _is_validation(entry: dict[str, object]) -> bool:
+    # By source file, so that no scale or motion of a validation picture is trained on.
+    import zlib
+
+    files = entry["file"]
+    names = files if isinstance(files, list) else [files]
+    return any(zlib.crc32(str(name).encode()) % VALIDATION_SHARE == 0 for name in names)
