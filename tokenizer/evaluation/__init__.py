@@ -1,0 +1,1 @@
+"""How good reconstructions are, measured on pictures never trained on."""
