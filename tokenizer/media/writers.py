@@ -54,7 +54,7 @@ class VideoWriter:
 
     Args:
         path: .mp4, .webm, .gif, .npy, or no ending for a folder of PNG frames.
-        frame_rate: frames per second; .npy and PNG do not store it.
+        fps: frames per second; .npy and PNG do not store it.
         height, width: of every frame, in pixels.
 
     Raises:
@@ -62,12 +62,12 @@ class VideoWriter:
         OSError: the file cannot be written (no room, no permission).
     """
 
-    def __init__(self, path: str | os.PathLike[str], frame_rate: Fraction | float, height: int, width: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], fps: Fraction | float, height: int, width: int) -> None:
         self.path = Path(path)
         check_video_ending(self.path)
-        self.frame_rate = Fraction(frame_rate).limit_denominator(100_000)
-        if self.frame_rate <= 0:
-            raise InputError(f"{self.path}: a frame rate of {frame_rate}; it must be above 0")
+        self.fps = Fraction(fps).limit_denominator(100_000)
+        if self.fps <= 0:
+            raise InputError(f"{self.path}: a frame rate of {fps}; it must be above 0")
         self.height, self.width = height, width
         self.num_frames = 0
         self._resources = ExitStack()
@@ -112,10 +112,10 @@ class VideoWriter:
         if ending == ".npy":
             return _array_file(temporary, self.height, self.width)
         if ending == ".gif":
-            return _container(temporary, ending, self.frame_rate, (self.height, self.width), _palette_frame)
+            return _container(temporary, ending, self.fps, (self.height, self.width), _palette_frame)
         even = ending == ".mp4"
         size = (self.height + self.height % 2, self.width + self.width % 2) if even else (self.height, self.width)
-        return _container(temporary, ending, self.frame_rate, size, _rgb_frame)
+        return _container(temporary, ending, self.fps, size, _rgb_frame)
 
 
 def check_video_ending(path: Path) -> None:
@@ -173,7 +173,7 @@ def _array_file(path: Path, height: int, width: int) -> Iterator[_WriteFrame]:
 def _container(
     path: Path,
     ending: str,
-    frame_rate: Fraction,
+    fps: Fraction,
     size: tuple[int, int],
     make_frame: Callable[[Frame, tuple[int, int]], av.VideoFrame],
 ) -> Iterator[_WriteFrame]:
@@ -181,14 +181,13 @@ def _container(
     import av
 
     codec, pixel_format, options = _CODECS[ending]
-    av.logging.set_level(av.logging.PANIC)
     try:
         av.codec.Codec(codec, "w")
     except av.codec.codec.UnknownCodecError as error:
         raise InputError(f"{path}: this build of PyAV has no encoder {codec}; write .npy or PNG frames") from error
     muxer_options = {"movflags": "+faststart"} if ending == ".mp4" else {}
     with av.open(str(path), "w", format=ending[1:], options=muxer_options) as container:
-        stream: Any = container.add_stream(codec, rate=frame_rate, options=options)
+        stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = pixel_format
         count = 0
@@ -197,7 +196,7 @@ def _container(
             nonlocal count
             picture = make_frame(frame, size)
             picture.pts = count
-            picture.time_base = 1 / frame_rate
+            picture.time_base = 1 / fps
             container.mux(stream.encode(picture))
             count += 1
 
