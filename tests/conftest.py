@@ -12,6 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tokenizer import AToken, ATokenConfig, checkpoints
+from tokenizer.model.config import FSQConfig, TransformerConfig
+
 # More threads than this only get in each other's way on tensors as small as the tests'.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -32,6 +35,26 @@ def needs_program() -> Callable[[str], None]:
 def golden() -> Path:
     """Tensors recorded from the released code; their README.json describes them."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random models with the patches and latents of the bundled ones: atoken-nano and atoken-nano-d."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    encoder = TransformerConfig(width=32, depth=1, heads=2, mlp_width=48, norm="layer", bias=True, qk_norm=False)
+    decoder = TransformerConfig(width=32, depth=1, heads=2, mlp_width=48, norm="rms", bias=False, qk_norm=True)
+    for name, quantizer in (("atoken-nano", None), ("atoken-nano-d", FSQConfig())):
+        model = AToken(ATokenConfig(name=name, encoder=encoder, decoder=decoder, quantizer=quantizer))
+        model.reset_parameters(torch.Generator().manual_seed(len(name)))
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def bundled(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the tiny random models the bundled ones, for commands that run in this process."""
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tiny_models)
+    return tiny_models
 
 
 @pytest.fixture(scope="session")

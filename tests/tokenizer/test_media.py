@@ -201,7 +201,7 @@ class TestVideoReader:
         source, hidden, late = write_clip(tmp_path / "a.mp4", clip), tmp_path / "a.webm", tmp_path / "a.ts"
         # VP8 keeps reference frames as packets of their own; a recording may start before its first key frame.
         for step, target in ((1, ("-f", "null", "-")), (2, (hidden,))):
-            options = "-c:v libvpx -b:v 100k -auto-alt-ref 1 -lag-in-frames 8 -pass".split()
+            options = ["-c:v", "libvpx", "-b:v", "100k", "-auto-alt-ref", "1", "-lag-in-frames", "8", "-pass"]
             ffmpeg("-i", source, *options, str(step), "-passlogfile", tmp_path / "log", *target)
         ffmpeg("-i", source, "-c:v", "libx264", "-g", "4", "-bf", "0", late)
         whole = late.read_bytes()

@@ -1,0 +1,328 @@
+"""The commands of `atoken` and their options. What they do is imported when they run, so that help comes at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenizer.cli.jobs import Job, plan_jobs
+from tokenizer.cli.outcome import Result, run_jobs
+from tokenizer.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizer.cli.codec import FileCodec
+    from tokenizer.cli.progress import ProgressBars
+
+DEFAULT_MODEL = "atoken-nano"
+
+
+class Dtype(StrEnum):
+    """Values of --dtype."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class ImageFormat(StrEnum):
+    """Values of --image-format."""
+
+    png = "png"
+    jpg = "jpg"
+    webp = "webp"
+
+
+class VideoFormat(StrEnum):
+    """Values of --video-format."""
+
+    mp4 = "mp4"
+    webm = "webm"
+    gif = "gif"
+    npy = "npy"
+    frames = "frames"
+
+
+Inputs = Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="INPUT", show_default=False)]
+Model = Annotated[str, typer.Option(help="Bundled model, model folder, or released .pt or .safetensors file.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")]
+Precision = Annotated[Dtype, typer.Option("--dtype", help="auto is bf16 on CUDA and fp32 elsewhere.")]
+Discrete = Annotated[bool, typer.Option("--discrete", help="Codebook indices instead of continuous latents.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Images = Annotated[ImageFormat, typer.Option(help="Of pictures whose name --out leaves open.")]
+Videos = Annotated[VideoFormat | None, typer.Option(help="Of videos whose name --out leaves open; mp4.")]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Pictures and videos to tokens and back.",
+)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("atoken-demo"),
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    discrete: Discrete = False,
+    as_json: Json = False,
+) -> int:
+    """Reconstruct a bundled photograph and a bundled clip.
+
+    The folder gets the two originals and, side by side with them, their reconstructions.
+
+    \b
+    Example:
+      atoken demo --out atoken-demo
+    """
+    from tokenizer.demo import CLIP, PHOTOGRAPH
+
+    codec = _codec(model, device, dtype, discrete=discrete)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for original, ending in ((PHOTOGRAPH, ".png"), (CLIP, ".mp4")):
+        source = Path(shutil.copy(original, out / original.name))
+        jobs.append(Job(source, out / f"{original.stem}-side-by-side{ending}", needs_ending=False))
+    status = run_jobs("demo", jobs, codec.reconstruct, _reconstructed, as_json=as_json)
+    if not as_json and status == 0:
+        for path in (path for job in jobs for path in (job.source, job.target)):
+            print(f"wrote {path}")
+    return status
+
+
+@app.command()
+def encode(
+    inputs: Inputs,
+    out: Annotated[str, typer.Option(help="X.atok for a single file; otherwise a folder.", show_default=False)],
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    discrete: Discrete = False,
+    as_json: Json = False,
+) -> int:
+    """Pictures and videos to token files (.atok).
+
+    A single file goes to exactly the path given with --out. Several, and folders, go below the folder --out, each
+    as its name with the ending .atok; folders keep their tree. Existing files are replaced.
+
+    \b
+    Examples:
+      atoken demo --out atoken-demo
+      atoken encode atoken-demo/coffee.jpg --out coffee.atok
+      atoken encode atoken-demo --out tokens
+    """
+    from tokenizer.media import find_media
+    from tokenizer.tokenfile import SUFFIX
+
+    exact = _names_a_file(out, (SUFFIX,), "token files")
+    jobs = plan_jobs(inputs, Path(out), find_media, exact=exact)
+    codec = _codec(model, device, dtype, discrete=discrete)
+    return run_jobs("encode", jobs, codec.encode, _encoded, as_json=as_json)
+
+
+@app.command()
+def decode(
+    inputs: Annotated[list[str], typer.Argument(help="Token files, folders and globs.", metavar="INPUT")],
+    out: Annotated[str, typer.Option(help="File for a single input; otherwise a folder.", show_default=False)],
+    image_format: Images = ImageFormat.png,
+    video_format: Videos = None,
+    model: Annotated[str | None, typer.Option(help="As for encode; by default the one that the file names.")] = None,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    as_json: Json = False,
+) -> int:
+    """Token files back to pictures and videos.
+
+    A single file goes to exactly the path given with --out, in the format of its ending: .png, .jpg or .webp for
+    pictures; .mp4, .webm, .gif or .npy (uint8, T x H x W x 3) for videos, or no ending for a folder of PNG frames.
+    Several, and folders, go below the folder --out; folders keep their tree. Existing files are replaced.
+
+    \b
+    Examples:
+      atoken demo --out atoken-demo
+      atoken encode atoken-demo/bunny.mp4 --out bunny.atok
+      atoken decode bunny.atok --out bunny.webm
+      atoken decode bunny.atok --out bunny-frames
+    """
+    from tokenizer.media import SAVED_IMAGE_ENDINGS, SAVED_VIDEO_ENDINGS
+
+    exact = _names_a_file(out, (*SAVED_IMAGE_ENDINGS, *SAVED_VIDEO_ENDINGS), "pictures and videos")
+    exact = exact or (video_format is None and _is_one_video(inputs))
+    jobs = plan_jobs(inputs, Path(out), _find_token_files, exact=exact)
+    codecs: dict[str, FileCodec] = {}
+
+    def work(job: Job, progress: ProgressBars) -> Result:
+        name = model or _maker(job.source)
+        if name not in codecs:
+            codecs[name] = _codec(name, device, dtype, image_format=image_format, video_format=video_format)
+        return codecs[name].decode(job, progress)
+
+    return run_jobs("decode", jobs, work, _decoded, as_json=as_json)
+
+
+@app.command()
+def reconstruct(
+    inputs: Inputs,
+    out: Annotated[str, typer.Option(help="File for a single input; otherwise a folder.")] = "reconstructions",
+    image_format: Images = ImageFormat.png,
+    video_format: Videos = None,
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    discrete: Discrete = False,
+    as_json: Json = False,
+) -> int:
+    """Originals and reconstructions side by side, and how close they are.
+
+    Prints tokens, bits per pixel (the latents as stored, or 96 bits a token for 8 codebooks of 4096; per pixel of
+    every frame), PSNR in dB and SSIM on 8-bit RGB, and seconds.
+
+    \b
+    Examples:
+      atoken demo --out atoken-demo
+      atoken reconstruct atoken-demo/coffee.jpg --out coffee.png
+      atoken reconstruct "atoken-demo/*.jpg" --out reconstructions
+    """
+    from tokenizer.media import SAVED_IMAGE_ENDINGS, SAVED_VIDEO_ENDINGS, find_media
+
+    exact = _names_a_file(out, (*SAVED_IMAGE_ENDINGS, *SAVED_VIDEO_ENDINGS), "pictures and videos")
+    jobs = plan_jobs(inputs, Path(out), find_media, exact=exact)
+    codec = _codec(model, device, dtype, discrete=discrete, image_format=image_format, video_format=video_format)
+    return run_jobs("reconstruct", jobs, codec.reconstruct, _reconstructed, as_json=as_json)
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Option(help="Describe this model too.")] = None,
+    device: Device = "auto",
+    dtype: Precision = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices, the attention kernel in use, and what a model is.
+
+    \b
+    Example:
+      atoken info --model atoken-nano
+    """
+    from tokenizer.cli.models import choose_device, choose_dtype, describe_machine, describe_model, load_model
+
+    place = choose_device(device)
+    facts: dict[str, Any] = describe_machine(place, choose_dtype(dtype, place))
+    if model is not None:
+        facts["model"] = describe_model(load_model(model, device, dtype, discrete=False))
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """The models that come with this package.
+
+    \b
+    Example:
+      atoken models
+    """
+    from tokenizer.cli.models import describe_models
+
+    found = describe_models()
+    if as_json:
+        print(json.dumps({"models": found}, indent=2))
+    for entry in [] if as_json else found:
+        print(
+            f"{entry['name']}: {entry['latents']} for each patch of {entry['patch']}, "
+            f"{entry['parameters'] / 1e6:.1f} M parameters, {entry['megabytes']} MB"
+        )
+    if not found and not as_json:
+        print("no bundled models; give --model a folder or a released checkpoint")
+
+
+def _codec(
+    model: str,
+    device: str,
+    dtype: Dtype,
+    *,
+    discrete: bool = False,
+    image_format: ImageFormat = ImageFormat.png,
+    video_format: VideoFormat | None = None,
+) -> FileCodec:
+    from tokenizer.cli.codec import FileCodec
+    from tokenizer.cli.models import load_model
+
+    video = video_format or VideoFormat.mp4
+    video_ending = "" if video is VideoFormat.frames else f".{video}"
+    return FileCodec(load_model(model, device, dtype, discrete=discrete), f".{image_format}", video_ending)
+
+
+def _names_a_file(out: str, endings: Sequence[str], what: str) -> bool:
+    """Whether --out is the result itself and not a folder. Only a folder that exists, or `x.y/`, may have an ending."""
+    path = Path(out)
+    if out.endswith("/") or path.is_dir() or not path.suffix:
+        return False
+    if path.suffix.lower() not in endings:
+        raise InputError(f"--out {out}: {what} end in {', '.join(endings)}; for a folder write {out}/")
+    return True
+
+
+def _is_one_video(inputs: Sequence[str]) -> bool:
+    from tokenizer.tokenfile import TokenReader
+
+    if len(inputs) != 1 or not Path(inputs[0]).is_file():
+        return False
+    return TokenReader(inputs[0]).origin.sizes[0].kind == "video"
+
+
+def _maker(path: Path) -> str:
+    """The bundled model that made a token file."""
+    from tokenizer.checkpoints import bundled_models
+    from tokenizer.tokenfile import TokenReader
+
+    name = TokenReader(path).origin.model
+    if name not in bundled_models():
+        raise InputError(f"{path}: was made by '{name}', which is not bundled; say where it is with --model")
+    return name
+
+
+def _find_token_files(folder: Path) -> list[Path]:
+    from tokenizer.tokenfile import SUFFIX
+
+    found = sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file() and not path.name.startswith("."))
+    if not found:
+        raise InputError(f"{folder}: no {SUFFIX} files in it")
+    return found
+
+
+def _encoded(result: Result) -> str:
+    return (
+        f"{result['source']} -> {result['out']}: {result['tokens']} tokens, {result['bytes']} bytes, "
+        f"{result['seconds']:.2f} s"
+    )
+
+
+def _decoded(result: Result) -> str:
+    size = f"{result['width']}x{result['height']}" + (f", {result['frames']} frames" if result["frames"] > 1 else "")
+    return f"{result['source']} -> {result['out']}: {size}, {result['seconds']:.2f} s"
+
+
+def _reconstructed(result: Result) -> str:
+    return (
+        f"{result['source']} -> {result['out']}: {result['tokens']} tokens, {result['bits_per_pixel']:.3f} bits/pixel, "
+        f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f}, {result['seconds']:.2f} s"
+    )
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """Nested facts as indented lines."""
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return lines
