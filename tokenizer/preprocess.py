@@ -180,7 +180,7 @@ def scaled_size(size: Size, min_size: Size, max_size: Size) -> Size:
     """The deterministic size that the released code resizes to (FORMAT 3).
 
     Too small in one direction: enlarge until both reach the minimum. Too large: shrink until both fit if both
-    stay above the minimum, else until one fits. Sides are rounded half to even.
+    stay above the minimum, else until one fits (which may enlarge the other). Sides are rounded half to even.
     """
     height, width = size
     if height < min_size[0] or width < min_size[1]:

@@ -31,8 +31,8 @@ def random_network(discrete: bool = False, dtype: torch.dtype = torch.float64) -
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in network.parameters():
-            spread = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else noise * parameter.shape[-1] ** -0.5)
     return network.to(dtype).eval().requires_grad_(False)
 
 

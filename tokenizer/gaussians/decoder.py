@@ -60,8 +60,8 @@ class GaussianDecoder(nn.Module):
     Args:
         config: sizes and constants.
 
-    After construction the output layer is zero, as released, so that every voxel starts as `config.gaussians` small
-    faint spheres spread evenly inside it.
+    The output layer starts at zero, as released, so that every voxel starts as `config.gaussians` small faint spheres
+    spread evenly inside it. `reset_parameters(generator)` draws the rest, which is torch's default until then.
     """
 
     offset_perturbation: Tensor
@@ -73,6 +73,20 @@ class GaussianDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.to_gaussians = nn.Linear(config.width, config.outputs)
         self.register_buffer("offset_perturbation", offset_perturbation(config.gaussians, config.voxel_size))
+        nn.init.zeros_(self.to_gaussians.weight)
+        nn.init.zeros_(self.to_gaussians.bias)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw every parameter anew, as `ATokenNetwork.reset_parameters` does; the output layer stays zero."""
+        residual = (2 * max(1, self.config.depth)) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.Linear) and module is not self.to_gaussians:
+                into_residual = name.endswith((".attention.out", ".mlp.down"))
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                module.weight.mul_(residual if into_residual else 1.0)
         nn.init.zeros_(self.to_gaussians.weight)
         nn.init.zeros_(self.to_gaussians.bias)
 
