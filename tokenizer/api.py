@@ -124,7 +124,7 @@ class AToken(ATokenNetwork):
 
     @property
     def fingerprint(self) -> str:
-        """The name of this model's latent space; see `tokenizer.fingerprint`. Weights that change later do not count."""
+        """The name of this model's latent space (`tokenizer.fingerprint`), computed once."""
         if self._fingerprint is None:
             state = self.state_dict()
             self._fingerprint = fingerprint(self.config, state, state.__getitem__)

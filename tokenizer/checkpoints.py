@@ -20,17 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenizer.api import AToken
 from tokenizer.atomic import atomic_path
 from tokenizer.config import config_to_dict, parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.fingerprint import fingerprint
-from tokenizer.api import AToken
 from tokenizer.model.config import SO400M_C, SO400M_C_STAGE1, ATokenConfig
 from tokenizer.released import (
     config_from_released,
     config_to_released,
     looks_released,
     rename_from_released,
+    rename_to_released,
     to_released,
 )
 
@@ -116,7 +117,7 @@ def export_released(network: AToken, path: str | Path) -> None:
     beside it as `.json`. Tensors are the same bytes.
 
     Raises:
-        InputError: a model with a linear skip, or another ending.
+        InputError: a model with a linear code beside the transformers, or another ending.
     """
     target = Path(path)
     released_config = json.dumps(config_to_released(network.config), indent=2)
@@ -199,13 +200,18 @@ def fill(
     with torch.device("meta"):
         network = kind(config)
     shapes = tensors.shapes()
-    names = rename_from_released(shapes) if looks_released(shapes) else {name: name for name in shapes}
-    wanted = {name: tuple(parameter.shape) for name, parameter in network.state_dict().items()}
-    _compare({ours: shapes[theirs] for theirs, ours in names.items()}, wanted, where, config.name)
+    released = looks_released(shapes)
+    names = rename_from_released(shapes) if released else {name: name for name in shapes}
+    wanted = {
+        rename_to_released(name) if released else name: tuple(parameter.shape)
+        for name, parameter in network.state_dict().items()
+    }
+    _compare({name: shapes[name] for name in names}, wanted, where, config.name)
     for theirs, ours in names.items():
         module_name, _, leaf = ours.rpartition(".")
         tensor = tensors[theirs].to(device=device, dtype=dtype, copy=dtype is None)
-        setattr(network.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=True))
+        module = network.get_submodule(module_name)
+        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
     sources = {ours: theirs for theirs, ours in names.items()}
     network.remember_fingerprint(fingerprint(config, sources, lambda name: tensors[sources[name]]))
     return network.eval()

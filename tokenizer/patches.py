@@ -1,7 +1,7 @@
 """Pixels <-> `SparseTokens` (FORMAT 2, 4).
 
-A token is a block of Pt frames x Ph rows x Pw columns x 3 colours, flattened in this order (slowest first). Tokens of an
-item come in raster order t, row, column, at position (t, row, column, 0).
+A token is a block of Pt frames x Ph rows x Pw columns x 3 colours, flattened in this order (slowest first). Tokens of
+an item come in raster order t, row, column, at position (t, row, column, 0).
 
 Two fits:
     "pad"   keeps everything: rows and columns are padded at the bottom and right with edge values up to whole patches,

@@ -49,13 +49,34 @@ IGNORED_PREFIXES = ("lpips_loss.",)
 """Parameters that released training classes carry along and no model needs (FORMAT 15.11)."""
 
 _CONFIG_KEYS = frozenset(
-    "patch_size in_channels out_channels latent_channels use_decoder use_quantizer quantizer_type "
-    "quantizer_codebook_size quantizer_num_codebooks quantizer_feature_dim quantizer_chunk_size".split()
+    [
+        "patch_size",
+        "in_channels",
+        "out_channels",
+        "latent_channels",
+        "use_decoder",
+        "use_quantizer",
+        "quantizer_type",
+        "quantizer_codebook_size",
+        "quantizer_num_codebooks",
+        "quantizer_feature_dim",
+        "quantizer_chunk_size",
+    ]
 ) | {
     f"{side}_{key}"
     for side in ("encoder", "decoder")
-    for key in "model_channels num_blocks num_heads mlp_channels attn_mode window_size pe_mode qk_rms_norm use_bias "
-    "use_rms_norm".split()
+    for key in [
+        "model_channels",
+        "num_blocks",
+        "num_heads",
+        "mlp_channels",
+        "attn_mode",
+        "window_size",
+        "pe_mode",
+        "qk_rms_norm",
+        "use_bias",
+        "use_rms_norm",
+    ]
 }
 _SWALLOWED = frozenset({"class_name", "name"})
 _POSITIONS = {"joint": (True, True), "learned": (True, False), "rope": (False, True)}
@@ -88,11 +109,16 @@ def rename_from_released(names: Iterable[str]) -> dict[str, str]:
     return {name: _rename(name, _TO_OURS) or name for name in kept}
 
 
+def rename_to_released(name: str) -> str:
+    """Our name -> the released one; a name without a counterpart keeps itself."""
+    return _rename(name, _TO_RELEASED) or name
+
+
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under released names; the tensors are the same objects.
 
     Raises:
-        InputError: a parameter that the released format has no name for (a linear skip).
+        InputError: a parameter that the released format has no name for (a linear code beside the transformers).
     """
     renamed = {name: _rename(name, _TO_RELEASED) for name in state}
     homeless = [name for name, target in renamed.items() if target is None]
@@ -150,10 +176,10 @@ def config_to_released(config: ATokenConfig) -> dict[str, Any]:
     """The released keys of a configuration.
 
     Raises:
-        InputError: the configuration has a linear skip, which the released format does not know.
+        InputError: the configuration has a linear code beside the transformers, which the released format does not know.
     """
-    if config.linear_skip:
-        raise InputError(f"{config.name} has a linear skip, which the released format does not know")
+    if config.skip is not None:
+        raise InputError(f"{config.name} has a linear code beside the transformers, which the released format does not know")
     released: dict[str, Any] = {
         **_RELEASED_DEFAULTS,
         "patch_size": list(config.patch_size),

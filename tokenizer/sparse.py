@@ -1,12 +1,13 @@
 """`SparseTokens`: the one data type. A visual is a sparse set of tokens in a 4D grid (t, x, y, z).
 
-Shape legend used in the whole tokenizer room: N tokens of a batch, B items, C channels, D width, H heads, Dh head width.
+Shape legend used in the whole tokenizer room: N tokens of a batch, B items, C channels, D width, H heads, Dh head
+width.
 
-An image is the plane t = z = 0, a video adds t, a 3D asset occupies the voxels of a surface. For pictures x is the patch
-row and y the patch column. Items lie one after the other; no padding token exists anywhere.
+An image is the plane t = z = 0, a video adds t, a 3D asset occupies the voxels of a surface. For pictures x is the
+patch row and y the patch column. Items lie one after the other; no padding token exists anywhere.
 
-What depends on positions alone (attention segments, rotary tables, resized position tables) is computed once and kept in
-a cache that every `with_features` copy shares, so encoder, decoder and all their layers see the same tables. Those
+What depends on positions alone (attention segments, rotary tables, resized position tables) is computed once and kept
+in a cache that every `with_features` copy shares, so encoder, decoder and all their layers see the same tables. Those
 plans are made from a copy of the positions on the host: tokens that start on the CPU and travel with `.to(device)`
 never cause a device synchronisation.
 """

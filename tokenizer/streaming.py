@@ -110,8 +110,7 @@ class _TileDecoder:
             return self.network.decode(tile)
         latents = self.network.checked_latents(tile)
         plan = self.planner.next(latents.host_positions.long(), torch.zeros(latents.num_tokens, dtype=torch.int64))
-        assert self.network.decoder is not None
-        return latents.with_features(self.network.decoder(latents.features, plan, self.caches))
+        return latents.with_features(self.network.decode_tile(latents.features, plan, self.caches))
 
 
 def _tiles(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:

@@ -112,8 +112,8 @@ def check_same_space(origin: Origin, name: str, fingerprint: str) -> None:
     """Raise `InputError` unless tokens of `origin` belong to the latent space `fingerprint` of model `name`."""
     if origin.fingerprint != fingerprint:
         raise InputError(
-            f"these tokens were made by '{origin.model}' ({origin.fingerprint}), whose latent space differs from that of "
-            f"'{name}' ({fingerprint}); decode them with the model that made them"
+            f"these tokens were made by '{origin.model}' ({origin.fingerprint}), whose latent space differs from "
+            f"that of '{name}' ({fingerprint}); decode them with the model that made them"
         )
 
 

@@ -20,10 +20,10 @@ from tokenizer.model.config import ATokenConfig
 from tokenizer.model.context import Tiling, context_tiles
 from tokenizer.model.decoder import Decoder
 from tokenizer.model.encoder import Encoder
-from tokenizer.model.linear_skip import LinearDecoderSkip, LinearEncoderSkip
-from tokenizer.model.plan import item_segments, tile_plan
+from tokenizer.model.piecewise import PiecewiseLinearCode
+from tokenizer.model.plan import Plan, item_segments, tile_plan
 from tokenizer.model.posterior import Posterior
-from tokenizer.model.transformer import BlockCache, Observer
+from tokenizer.model.transformer import Block, BlockCache, Observer, Transformer
 from tokenizer.quantizers import Quantized, Quantizer, make_quantizer
 from tokenizer.sparse import SparseTokens
 
@@ -73,11 +73,15 @@ class ATokenNetwork(nn.Module):
         super().__init__()
         self.config = config
         patch, latent = config.patch_features, config.latent_channels
-        frame = patch // config.patch_size[0]
-        encoder_skip = LinearEncoderSkip(patch, frame, latent) if config.linear_skip else None
-        decoder_skip = LinearDecoderSkip(latent, patch) if config.linear_skip else None
-        self.encoder = Encoder(config.encoder, patch, latent, encoder_skip)
-        self.decoder = Decoder(config.decoder, latent, patch, decoder_skip) if config.decoder is not None else None
+        self.encoder = Encoder(config.encoder, patch, latent)
+        self.decoder = Decoder(config.decoder, latent, patch) if config.decoder is not None else None
+        self.skip = (
+            PiecewiseLinearCode(
+                patch // config.patch_size[0], patch, latent, config.skip.still_codes, config.skip.clip_codes
+            )
+            if config.skip is not None
+            else None
+        )
         self.quantizer: Quantizer | None = (
             make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
         )
@@ -106,6 +110,8 @@ class ATokenNetwork(nn.Module):
         patches = self._checked(patches, self.config.patch_features, "patches")
         plan = tile_plan(patches, self.config.tile_steps)
         features, parameters = self.encoder(patches.features, plan, observe)
+        if self.skip is not None:
+            parameters = self.skip.add_to_parameters(parameters, patches.features)
         pooled = self.encoder.pool(features, item_segments(patches), patches.batch_size)
         return Encoding(
             features=patches.with_features(features),
@@ -132,12 +138,20 @@ class ATokenNetwork(nn.Module):
         tiling = tiling or Tiling(stride=self.config.tile_frames)
         stride, context = tiling.steps(self.config.patch_size[0], self.config.tile_frames)
         if context == 0:
-            return latents.with_features(self.decoder(latents.features, tile_plan(latents, stride), observe=observe))
+            return latents.with_features(self.decode_tile(latents.features, tile_plan(latents, stride), observe=observe))
         caches: list[BlockCache] = []
         patches = latents.features.new_empty(latents.num_tokens, self.config.patch_features)
         for rows, plan in context_tiles(latents, stride, context):
-            patches = patches.index_copy(0, rows, self.decoder(latents.features[rows], plan, caches))
+            patches = patches.index_copy(0, rows, self.decode_tile(latents.features[rows], plan, caches))
         return latents.with_features(patches)
+
+    def decode_tile(
+        self, latents: Tensor, plan: Plan, caches: list[BlockCache] | None = None, observe: Observer | None = None
+    ) -> Tensor:
+        """Latents [N, C] of one plan -> patches [N, P]; see `Decoder.forward`."""
+        assert self.decoder is not None
+        patches: Tensor = self.decoder(latents, plan, caches, observe)
+        return patches if self.skip is None else patches + self.skip.decode(latents)
 
     def checked_latents(self, latents: SparseTokens) -> SparseTokens:
         """`latents` as the decoder reads them: indices turned into values, cast to the model's dtype, checked."""
@@ -177,18 +191,21 @@ class ATokenNetwork(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw every parameter anew.
 
-        Linear weights are truncated normal with std 0.02, biases zero, norms one; the layers that write into the
-        residual stream are scaled by 1 / sqrt(2 depth), and `to_posterior` and `to_patches` by their width.
+        Linear weights are truncated normal with std 1 / sqrt(inputs), position tables and the pool's probe normal with
+        std 0.02, biases zero, norms one. Layers that write into the residual stream are scaled by 1 / sqrt(2 depth).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for stack in (self.encoder.transformer, *([self.decoder.transformer] if self.decoder else [])):
-            if stack.positions is not None:
-                nn.init.normal_(stack.positions.weight, std=0.02, generator=generator)
+            elif isinstance(module, Transformer):
+                if module.positions is not None:
+                    nn.init.normal_(module.positions.weight, std=0.02, generator=generator)
+        stacks = [self.encoder.transformer] + ([self.decoder.transformer] if self.decoder is not None else [])
+        for stack in stacks:
             for block in stack.blocks:
+                assert isinstance(block, Block)
                 for layer in (block.attention.out, block.mlp.down):
-                    layer.weight.mul_((2 * max(1, stack.config.depth)) ** -0.5)
+                    layer.weight.mul_((2 * stack.config.depth) ** -0.5)
         nn.init.normal_(self.encoder.pool.probe, std=0.02, generator=generator)

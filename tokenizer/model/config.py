@@ -62,6 +62,18 @@ class FSQConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SkipConfig:
+    """How many linear codes stand beside the transformers, for single frames and for clips."""
+
+    still_codes: int
+    clip_codes: int
+
+    def __post_init__(self) -> None:
+        if self.still_codes < 1 or self.clip_codes < 1:
+            raise InputError(f"a skip needs at least one code of each sort, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ATokenConfig:
     """A whole AToken network.
 
@@ -69,7 +81,7 @@ class ATokenConfig:
     patch_size: frames, rows and columns of a token; 3 colours each, so (4, 16, 16) gives 3072 features.
     latent_channels: channels of a latent; the encoder writes twice as many (mean and log-variance).
     tile_frames: frames that attend to each other; longer videos are cut into tiles of this many (FORMAT 10).
-    linear_skip: add a linear code beside the transformers: latent mean += A x, pixels += B z. Off in released models.
+    skip: a piecewise linear code beside the transformers (`tokenizer.model.piecewise`); released models have none.
     """
 
     name: str
@@ -79,7 +91,7 @@ class ATokenConfig:
     latent_channels: int = 48
     quantizer: FSQConfig | None = None
     tile_frames: int = 16
-    linear_skip: bool = False
+    skip: SkipConfig | None = None
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -125,7 +137,10 @@ SO400M_D = replace(SO400M_C, name="atoken-so400m-d", quantizer=FSQConfig())
 SO400M_C_STAGE1 = replace(SO400M_C, name="atoken-so400m-c-stage1", latent_channels=32)
 BASE = ATokenConfig(name="atoken-base", encoder=_encoder(768, 12, 12, 3072), decoder=_decoder(768, 12, 12, 3072))
 NANO = ATokenConfig(
-    name="atoken-nano", encoder=_encoder(256, 2, 8, 1024), decoder=_decoder(256, 4, 8, 1024), linear_skip=True
+    name="atoken-nano",
+    encoder=_encoder(256, 2, 8, 704),
+    decoder=_decoder(256, 3, 8, 1024),
+    skip=SkipConfig(still_codes=12, clip_codes=4),
 )
 
 CONFIGS: dict[str, ATokenConfig] = {

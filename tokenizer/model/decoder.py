@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tokenizer.model.config import TransformerConfig
-from tokenizer.model.linear_skip import LinearDecoderSkip
 from tokenizer.model.plan import Plan
 from tokenizer.model.transformer import BlockCache, Observer, Transformer
 
@@ -17,20 +16,12 @@ class Decoder(nn.Module):
         config: sizes of the transformer.
         latent_channels: channels of a latent.
         patch_features: features of an output token.
-        skip: a linear reading of the latent, added to what the transformer says; released models have none.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        latent_channels: int,
-        patch_features: int,
-        skip: LinearDecoderSkip | None = None,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, latent_channels: int, patch_features: int) -> None:
         super().__init__()
         self.transformer = Transformer(config, latent_channels)
         self.to_patches = nn.Linear(config.width, patch_features, bias=False)
-        self.skip = skip
 
     def forward(
         self,
@@ -41,4 +32,4 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """latents [N, C] -> patches [N, P]. `caches` as in `Transformer.forward`."""
         patches: Tensor = self.to_patches(self.transformer(latents, plan, caches, observe))
-        return patches if self.skip is None else patches + self.skip(latents)
+        return patches

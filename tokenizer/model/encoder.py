@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from tokenizer.model.attention import attend
 from tokenizer.model.config import TransformerConfig
-from tokenizer.model.linear_skip import LinearEncoderSkip
 from tokenizer.model.plan import Plan, Segments
 from tokenizer.model.transformer import MLP, NORM_EPS, Observer, Transformer
 
@@ -44,24 +43,15 @@ class Encoder(nn.Module):
         config: sizes of the transformer.
         patch_features: features of an input token.
         latent_channels: channels of a latent; `to_posterior` writes mean and log-variance, so twice as many.
-        skip: a linear part of the posterior parameters, added to what the transformer says; released models have none.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        patch_features: int,
-        latent_channels: int,
-        skip: LinearEncoderSkip | None = None,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, patch_features: int, latent_channels: int) -> None:
         super().__init__()
         self.transformer = Transformer(config, patch_features)
         self.pool = AttentionPool(config)
         self.to_posterior = nn.Linear(config.width, 2 * latent_channels, bias=False)
-        self.skip = skip
 
     def forward(self, patches: Tensor, plan: Plan, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
         """patches [N, P] -> features [N, D] after the final norm, and posterior parameters [N, 2C]."""
         features = self.transformer(patches, plan, observe=observe)
-        parameters = self.to_posterior(features)
-        return features, parameters if self.skip is None else parameters + self.skip(patches)
+        return features, self.to_posterior(features)

@@ -1,9 +1,9 @@
 """What attention and positions need to know about a batch, computed once and shared by all layers.
 
-A plan is made on the host from the host copy of the positions, with sorts and scatters and no loop over tokens, and sent
-to the device without waiting. It puts the tokens into *segment order*: a segment is the set of tokens that attend to
-each other, one temporal tile of one item (FORMAT 10), and segments of equal length lie side by side so that a CPU can
-run them as one batched attention without padding.
+A plan is made on the host from the host copy of the positions, with sorts and scatters and no loop over tokens, and
+sent to the device without waiting. It puts the tokens into *segment order*: a segment is the set of tokens that attend
+to each other, one temporal tile of one item (FORMAT 10), and segments of equal length lie side by side so that a CPU
+can run them as one batched attention without padding.
 """
 
 from __future__ import annotations

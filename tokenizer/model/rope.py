@@ -1,8 +1,8 @@
 """4D rotary positions (FORMAT 5).
 
-What differs from the textbook: every axis uses the same Dh / 8 frequencies, and their exponent divides by the whole head
-width, f_i = 10000^(-i / Dh), so for 72-wide heads they run only from 1 down to 0.359. Pairs are adjacent channels. The
-Dh / 2 angles of a token are [t f, x f, y f, z f].
+What differs from the textbook: every axis uses the same Dh / 8 frequencies, and their exponent divides by the whole
+head width, f_i = 10000^(-i / Dh), so for 72-wide heads they run only from 1 down to 0.359. Pairs are adjacent channels.
+The Dh / 2 angles of a token are [t f, x f, y f, z f].
 """
 
 from __future__ import annotations

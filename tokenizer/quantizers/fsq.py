@@ -1,7 +1,7 @@
 """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505) as AToken uses it (FORMAT 8).
 
-Latent channels are split into codebooks of d channels; each channel is squashed into an interval and rounded to one of L
-levels. With L = 4 the levels are the asymmetric {-1, -0.5, 0, 0.5}. There are no parameters and no projections.
+Latent channels are split into codebooks of d channels; each channel is squashed into an interval and rounded to one of
+L levels. With L = 4 the levels are the asymmetric {-1, -0.5, 0, 0.5}. There are no parameters and no projections.
 """
 
 from __future__ import annotations

@@ -14,11 +14,9 @@ from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import CONFIGS
 from tokenizer.training.config import TrainConfig
-from tokenizer.training.initialise import start_from_linear_code
+from tokenizer.training.initialise import start_from_linear_codes, start_from_model
 from tokenizer.training.store import TrainingStore
 from tokenizer.training.trainer import Trainer
-
-PCA_PATCHES = 16_000
 
 
 def starting_network(config: TrainConfig) -> ATokenNetwork:
@@ -27,17 +25,16 @@ def starting_network(config: TrainConfig) -> ATokenNetwork:
         raise InputError(f"unknown model '{config.model}'; known: {', '.join(CONFIGS)}")
     sizes = replace(CONFIGS[config.model], name=config.name, quantizer=config.quantizer)
     network = ATokenNetwork(sizes)
-    if config.initialise != "pca":
-        from tokenizer.training.initialise import start_from_model
-
-        start_from_model(network, config.initialise, config.latent_scale)
+    if config.initialise != "codes":
+        start_from_model(network, config.initialise)
         return network
-    network.reset_parameters(torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed)
+    network.reset_parameters(generator)
     store = TrainingStore(config.data, config.batch.kinds)
-    # A seed of its own: patches of the linear code are not the crops of step 0.
-    stills, clips = store.sample_patches(PCA_PATCHES, sizes.patch_size, (config.seed, 1, 0))
-    figures = start_from_linear_code(network, stills, clips)
-    print("linear start, PSNR in dB: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    # A stream of its own: the patches of the codes are not the crops of step 0.
+    stills, clips = store.sample_patches(config.code_patches, sizes.patch_size, (config.seed, 1, 0))
+    figures = start_from_linear_codes(network, stills, clips, config.code_iterations, generator)
+    print("linear codes, PSNR in dB: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     return network
 
 

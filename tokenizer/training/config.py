@@ -37,6 +37,7 @@ class LossConfig:
 
     l1: float = 1.0
     l2: float = 0.0
+    psnr: float = 0.0
     lpips: float = 0.0
     lpips_backbone: str = "alexnet"
     lpips_images: int = 4
@@ -46,7 +47,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, and Muon for the matrices inside blocks if `muon_lr` is set; `skip_lr` is for the linear skip.
+    """AdamW, and Muon for the matrices inside blocks if `muon_lr` is set; `skip_lr` is for the linear codes (0: fixed).
 
     The rate rises linearly for `warmup` steps, stays, and falls to zero as 1 - sqrt(progress) over the last
     `decay_fraction` of the run.
@@ -69,9 +70,9 @@ class TrainConfig:
 
     model: a name from `tokenizer.model.config.CONFIGS`.
     data: folder of the training store (`python -m data.sources.nano`).
-    initialise: "pca" starts the linear skip at the best linear code of the store; or a model folder to go on from.
+    initialise: "codes" fits the linear codes to the store; or a model name or folder to go on from.
+    code_patches / code_iterations: how many patches of each sort the codes are fitted to, and for how many rounds.
     quantizer: train the latents through this quantiser.
-    latent_scale: with `initialise` a folder: multiply latents by this so that they fill the quantiser's range.
     precision: "fp32" or "bf16" (autocast; parameters stay float32).
     """
 
@@ -81,9 +82,10 @@ class TrainConfig:
     data: str = "datasets/nano"
     out: str = "runs/nano"
     seed: int = 0
-    initialise: str = "pca"
+    initialise: str = "codes"
+    code_patches: int = 48_000
+    code_iterations: int = 12
     quantizer: FSQConfig | None = None
-    latent_scale: float = 1.0
     precision: str = "bf16"
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -1,112 +1,86 @@
-"""Starting points: the best shared linear code for the linear skip of a small model."""
+"""Starting points of a run: linear codes fitted to the data, or an earlier model."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
+from tokenizer.model.piecewise import LinearCodes
+from tokenizer.training.linear_codes import FittedCodes, fit_codes, principal_components
 
 INITIAL_LOGVAR = -8.0
 """Noise 35 dB below unit-variance latents: enough to train through, too little to see."""
 
+FSQ_VALUES = (-1.0, -0.5, 0.0, 0.5)
+"""What FSQ with 4 levels makes of the digits 0..3 (FORMAT 8)."""
+
 
 @torch.no_grad()
-def start_from_linear_code(
-    network: ATokenNetwork, stills: Tensor, clips: Tensor, iterations: int = 60
+def start_from_linear_codes(
+    network: ATokenNetwork, stills: Tensor, clips: Tensor, iterations: int, generator: torch.Generator
 ) -> dict[str, float]:
-    """Set the linear skip to a linear code of stills and clips, and silence the transformers' outputs.
+    """Fit the network's piecewise linear code to patches and silence the transformers.
 
-    One decoding matrix D serves both: its first frame's rows decode stills. D minimises the sum of both relative errors
-    (each relative to the best code of its own kind), starting from the principal components of clips; both encoding
-    matrices are then the least-squares ones. Latents are whitened.
+    Latents are whitened. The transformers start by reading and writing whitened principal components: the encoder's
+    residual stream has channels of equal variance, in which what a linear code drops is as loud as what it keeps, and a
+    channel of the decoder's last layer is as strong as the component it stands for.
 
     Args:
-        network: with `linear_skip`, and parameters already drawn.
-        stills: [n, P / Pt] patches of still images, clips: [m, P], values in [-1, 1].
+        network: with a skip, and parameters already drawn.
+        stills: [n, P / Pt] first frames, clips: [m, P] patches, values in [-1, 1].
+        iterations: see `fit_codes`.
 
     Returns:
-        PSNR in dB of the starting point and of the two best separate linear codes on these patches.
+        PSNR in dB of the starting point on these patches.
     """
-    skip_in, skip_out = network.encoder.skip, network.decoder.skip if network.decoder else None
-    if skip_in is None or skip_out is None:
-        raise InputError(
-            f"{network.config.name} has no linear skip to initialise; set linear_skip in its configuration"
-        )
-    clip_mean = clips.mean(dim=0)
-    still_mean, frame = stills.mean(dim=0), stills.shape[1]
-    decode, still_best, clip_best = _shared_basis(
-        stills - still_mean, clips - clip_mean, network.config.latent_channels, iterations
-    )
+    skip, decoder = network.skip, network.decoder
+    if skip is None or decoder is None:
+        raise InputError(f"{network.config.name} has no linear codes to start from; set skip in its configuration")
+    figures = {}
+    for name, codes, patches in (("stills", skip.stills, stills), ("clips", skip.clips, clips)):
+        fitted = fit_codes(patches, len(codes.mean), codes.encoder.shape[1], iterations, generator)
+        _set_codes(codes, fitted)
+        figures[name] = 10 * math.log10(4 / fitted.error)
+    skip.logvar.fill_(INITIAL_LOGVAR)
 
-    encode = torch.linalg.pinv(decode)
-    whiten = ((clips - clip_mean) @ encode.T).std(dim=0)
-    decode, encode = decode * whiten, encode / whiten[:, None]
-    # Stills have a mean of their own but share the decoder's bias, so the code carries the difference where it can.
-    encode_still = torch.linalg.pinv(decode[:frame])
-    _set(skip_out.weight, decode)
-    _set(skip_out.bias, clip_mean)
-    _set(skip_in.clip.weight, encode)
-    _set(skip_in.clip.bias, -encode @ clip_mean)
-    _set(skip_in.still.weight, encode_still)
-    _set(skip_in.still.bias, -encode_still @ clip_mean[:frame])
-    skip_in.logvar.fill_(INITIAL_LOGVAR)
-    network.encoder.to_posterior.weight.zero_()
-    assert network.decoder is not None
-    network.decoder.to_patches.weight.zero_()
-
-    still_error = stills - clip_mean[:frame] - (stills - clip_mean[:frame]) @ encode_still.T @ decode[:frame].T
-    clip_error = clips - clip_mean - (clips - clip_mean) @ encode.T @ decode.T
-    return {
-        "still": _psnr(still_error.square().mean()),
-        "clip": _psnr(clip_error.square().mean()),
-        "best still": _psnr(still_best),
-        "best clip": _psnr(clip_best),
-    }
+    centred = clips - clips.mean(dim=0)
+    components = principal_components(centred, max(network.config.encoder.width, decoder.transformer.config.width))
+    spread = (centred @ components).square().mean(dim=0).sqrt()
+    network.encoder.transformer.embed.weight.copy_((components / spread).T[: network.config.encoder.width])
+    decoder.to_patches.weight.copy_((components * spread)[:, : decoder.transformer.config.width])
+    # Nothing is said until the norm in front of the last layer opens, channel by channel.
+    torch.nn.init.zeros_(decoder.transformer.norm.get_parameter("weight"))
+    torch.nn.init.zeros_(network.encoder.to_posterior.weight)
+    return figures
 
 
-def _shared_basis(stills: Tensor, clips: Tensor, channels: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """D [P, C] with orthogonal columns, and the mean squared errors of the best separate codes."""
-    frame = stills.shape[1]
-    still_best = _residual(stills, _components(stills, channels))
-    clip_start = _components(clips, channels)
-    clip_best = _residual(clips, clip_start)
-    basis = clip_start.clone(memory_format=torch.contiguous_format)
-    with torch.enable_grad():
-        basis.requires_grad_()
-        optimizer = torch.optim.LBFGS([basis], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = _residual(stills, basis[:frame]) / still_best + _residual(clips, basis) / clip_best
-            loss.backward()  # type: ignore[no-untyped-call]
-            assert basis.grad is not None
-            basis.grad = basis.grad.contiguous()
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    basis = basis.detach()
-    # Principal axes of the code inside the span: ordered, uncorrelated channels.
-    orthogonal, _ = torch.linalg.qr(basis)
-    _, axes = torch.linalg.eigh(torch.cov((clips @ orthogonal).T))
-    return orthogonal @ axes.flip(1), still_best, clip_best
+def _set_codes(codes: LinearCodes, fitted: FittedCodes) -> None:
+    codes.mean.copy_(fitted.means)
+    codes.encoder.copy_(fitted.bases / fitted.spreads[..., None])
+    codes.decoder.copy_(fitted.bases * fitted.spreads[..., None])
 
 
-def _components(centred: Tensor, channels: int) -> Tensor:
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    return vectors[:, -channels:].flip(1)
+@torch.no_grad()
+def start_from_model(network: ATokenNetwork, source: str) -> None:
+    """Copy the parameters of an earlier model of the same shapes.
 
+    If `network` quantises and the earlier model did not, its linear code learns to read digits as FSQ writes them.
 
-def _residual(x: Tensor, basis: Tensor) -> Tensor:
-    """Mean squared distance of the rows of x from the span of the columns of `basis`."""
-    orthogonal, _ = torch.linalg.qr(basis)
-    return (x - (x @ orthogonal) @ orthogonal.T).square().mean()
+    Raises:
+        InputError: the model cannot be read or has other shapes.
+    """
+    from tokenizer.api import AToken
 
-
-def _psnr(squared_error: Tensor) -> float:
-    return float(10 * torch.log10(4.0 / squared_error))
-
-
-def _set(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value.to(parameter.dtype))
+    earlier = AToken.from_pretrained(source, dtype=torch.float32)
+    found, wanted = earlier.state_dict(), network.state_dict()
+    unfit = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    if unfit or len(found) != len(wanted):
+        keys = ", ".join(unfit[:3]) or "extra keys"
+        raise InputError(f"{source}: does not have the shapes of this run's model ({keys})")
+    network.load_state_dict(found)
+    if network.skip is not None and network.quantizer is not None and earlier.quantizer is None:
+        network.skip.read_levels.copy_(torch.tensor(FSQ_VALUES))

@@ -1,7 +1,8 @@
-"""The reconstruction objective: L1, squared error, LPIPS and KL, summed over a mixed batch of stills and clips.
+"""The reconstruction objective: L1, squared error, PSNR, LPIPS and KL, summed over a mixed batch of stills and clips.
 
 Reconstruction terms are averaged over the pixels that exist (the three zero frames behind a still do not count); stills
-and clips weigh equally. The KL term is averaged over tokens and channels are summed (FORMAT 7).
+and clips weigh equally. The PSNR term is the mean over items of the PSNR itself: every item counts by its relative error, so
+smooth pictures are not drowned by rough ones. The KL term is averaged over tokens and channels are summed (FORMAT 7).
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class Objective:
                 difference = pair[0] - pair[1]
                 terms[f"{name} l1"] = difference.abs().mean()
                 terms[f"{name} l2"] = difference.square().mean()
+                items = batch.images if name == "image" else batch.clips
+                terms[f"{name} psnr"] = _psnr(difference, items).mean()
                 loss = loss + config.l1 * terms[f"{name} l1"] + config.l2 * terms[f"{name} l2"]
+                loss = loss - config.psnr * terms[f"{name} psnr"]
         if config.lpips and step >= config.lpips_from and batch.images and self.perceptual is not None:
             terms["image lpips"] = self._lpips(network, batch, decoded, frame)
             loss = loss + config.lpips * terms["image lpips"]
@@ -67,6 +71,12 @@ class Objective:
         real = _pictures(batch.patches.features[:rows, :frame], count, network)
         distance: Tensor = self.perceptual(ours, real)
         return distance.mean()
+
+
+def _psnr(difference: Tensor, items: int) -> Tensor:
+    """PSNR in dB of each of `items` equal-sized items, [items]; errors below 60 dB count as 60."""
+    squared = difference.square().reshape(items, -1).mean(dim=1)
+    return 10 * torch.log10(4 / (squared + 4e-6))
 
 
 def _pictures(features: Tensor, count: int, network: ATokenNetwork) -> Tensor:

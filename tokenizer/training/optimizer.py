@@ -13,16 +13,16 @@ from tokenizer.training.config import OptimizerConfig
 def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or AdamW plus Muon for the matrices inside transformer blocks.
 
-    Biases, norms, scales and position tables are not decayed; the linear skip, which starts at a good place with small
-    weights, gets `skip_lr` and no decay. Each group remembers its peak rate as "peak".
+    Biases, norms, scales and position tables are not decayed; the linear codes, which start at a good place with small
+    weights, get `skip_lr` and no decay, or stay fixed. Each group remembers its peak rate as "peak".
     """
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     skip: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        if ".skip." in name:
-            skip.append(parameter)
+        if name.startswith("skip."):
+            skip.append(parameter.requires_grad_(config.skip_lr > 0))
         elif parameter.ndim < 2 or "positions" in name or "norm" in name:
             plain.append(parameter)
         elif config.muon_lr is not None and ".blocks." in name:
@@ -32,7 +32,7 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
-        {"params": skip, "weight_decay": 0.0, "lr": config.skip_lr},
+        {"params": [p for p in skip if p.requires_grad], "weight_decay": 0.0, "lr": config.skip_lr},
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)

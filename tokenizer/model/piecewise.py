@@ -1,0 +1,115 @@
+"""A piecewise linear code beside the transformers, for small models (released ones have none).
+
+A small transformer with normalised tokens learns slowly to pass pixel magnitudes through. Here a set of linear codes does
+that from the first step: each patch is coded by the one that fits it best, a few latent channels say which, and the
+transformers add what is better than any linear code. `tokenizer.training.initialise` fits the codes to data.
+
+K codes, c = C - d latent channels carry the coefficients, d channels carry the number of the code in base 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+BASE = 4
+"""Levels of a channel that carries a digit; FSQ with 4 levels keeps them apart exactly."""
+
+LEVELS = (-1.5, -0.7, 0.0, 0.95)
+"""Latent values of the digits 0..3: each lies in the middle of the interval that FSQ maps to the same digit."""
+
+
+class LinearCodes(nn.Module):
+    """K affine codes of F features: coefficients = E_k (x - m_k), reconstruction = m_k + D_k^T coefficients."""
+
+    def __init__(self, codes: int, channels: int, features: int) -> None:
+        super().__init__()
+        self.encoder = nn.Parameter(torch.zeros(codes, channels, features))
+        self.decoder = nn.Parameter(torch.zeros(codes, channels, features))
+        self.mean = nn.Parameter(torch.zeros(codes, features))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, F] -> coefficients [N, c] and number [N] int64 of the code with the least squared error."""
+        codes, channels, features = self.encoder.shape
+        offset = (self.encoder * self.mean[:, None]).sum(dim=-1)
+        every = (x @ self.encoder.reshape(-1, features).T).unflatten(1, (codes, channels)) - offset
+        with torch.no_grad():
+            # |x - m - D^T z|^2 expanded, so that no reconstruction [N, K, F] is ever built.
+            projected = (x @ self.decoder.reshape(-1, features).T).unflatten(1, (codes, channels))
+            projected = projected - (self.decoder * self.mean[:, None]).sum(dim=-1)
+            gram = self.decoder @ self.decoder.transpose(1, 2)
+            quadratic = (torch.einsum("nkc,kcd->nkd", every, gram) * every).sum(dim=-1)
+            distance = self.mean.square().sum(dim=-1) - 2 * x @ self.mean.T
+            best = (distance - 2 * (every * projected).sum(dim=-1) + quadratic).argmin(dim=1)
+        return every.gather(1, best[:, None, None].expand(-1, 1, channels))[:, 0], best
+
+
+class PiecewiseLinearCode(nn.Module):
+    """Codes for single frames and codes for clips, numbered one after the other.
+
+    A token whose later frames are exactly zero carries a single frame (FORMAT 2: stills; FORMAT 11: voxels) and is coded
+    by a code of single frames, which says nothing about the later ones.
+
+    Args:
+        frame_features: features of the first frame of a patch.
+        patch_features: features of a whole patch.
+        latent_channels: C.
+        still_codes / clip_codes: how many codes of each sort.
+    """
+
+    write_levels: Tensor
+    read_levels: Tensor
+
+    def __init__(
+        self, frame_features: int, patch_features: int, latent_channels: int, still_codes: int, clip_codes: int
+    ) -> None:
+        super().__init__()
+        self.frame_features = frame_features
+        self.total = still_codes + clip_codes
+        self.digits = max(1, math.ceil(math.log(self.total, BASE) - 1e-9))
+        channels = latent_channels - self.digits
+        self.stills = LinearCodes(still_codes, channels, frame_features)
+        self.clips = LinearCodes(clip_codes, channels, patch_features)
+        self.logvar = nn.Parameter(torch.zeros(latent_channels))
+        self.register_buffer("write_levels", torch.tensor(LEVELS))
+        self.register_buffer("read_levels", torch.tensor(LEVELS))
+
+    def add_to_parameters(self, parameters: Tensor, patches: Tensor) -> Tensor:
+        """Add the code of patches [N, P] to the encoder's posterior parameters [N, 2C].
+
+        Digit channels belong to the code alone: whatever the encoder says there is replaced.
+        """
+        still = (patches[:, self.frame_features :] == 0).all(dim=1)
+        still_code, still_number = self.stills(patches[:, : self.frame_features])
+        clip_code, clip_number = self.clips(patches)
+        number = torch.where(still, still_number, clip_number + len(self.stills.mean))
+        digits = torch.stack([number // BASE**i % BASE for i in range(self.digits)], dim=1)
+        mean, logvar = parameters.chunk(2, dim=1)
+        code = torch.where(still[:, None], still_code, clip_code)
+        mean = torch.cat([self.write_levels.to(mean.dtype)[digits], mean[:, self.digits :] + code], dim=1)
+        fixed = self.logvar.to(logvar.dtype)
+        logvar = torch.cat(
+            [fixed[: self.digits].expand(len(logvar), -1), logvar[:, self.digits :] + fixed[self.digits :]], dim=1
+        )
+        return torch.cat([mean, logvar], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The linear part of the patches, [N, C] -> [N, P]."""
+        distance = (latents[:, : self.digits, None] - self.read_levels.to(latents.dtype)).abs()
+        digits = distance.argmin(dim=-1)
+        number = sum(digits[:, i] * BASE**i for i in range(self.digits))
+        assert isinstance(number, Tensor)
+        # Spread the coefficients over one slot for each code: one dense product serves all tokens without sorting.
+        chosen = torch.nn.functional.one_hot(number.clamp_max(self.total - 1), self.total).to(latents.dtype)
+        stills = len(self.stills.mean)
+        slots = chosen[:, :, None] * latents[:, None, self.digits :]
+        return self._reconstruct(self.clips, chosen[:, stills:], slots[:, stills:]) + torch.nn.functional.pad(
+            self._reconstruct(self.stills, chosen[:, :stills], slots[:, :stills]),
+            (0, self.clips.mean.shape[1] - self.frame_features),
+        )
+
+    @staticmethod
+    def _reconstruct(codes: LinearCodes, chosen: Tensor, slots: Tensor) -> Tensor:
+        return slots.flatten(1) @ codes.decoder.flatten(0, 1) + chosen @ codes.mean
