@@ -77,8 +77,9 @@ def run_jobs(
             try:
                 result = {"source": str(job.source), **work(job, progress)}
             except Exception as error:
-                failures.append({"source": str(job.source), "error": describe(error)})
-                report_error(error)
+                # A failure of the disk that names no file is one of writing the result.
+                failures.append({"source": str(job.source), "error": describe(error, str(job.target))})
+                report_error(error, str(job.target))
             else:
                 result["seconds"] = round(time.perf_counter() - start, 3)
                 results.append(result)
@@ -93,23 +94,23 @@ def run_jobs(
     return 1 if failures else 0
 
 
-def describe(error: Exception) -> str:
-    """One line for any error."""
+def describe(error: Exception, file: str = "") -> str:
+    """One line for any error; `file` is named where a failure of the system names none itself."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return ": ".join(filter(None, [str(error.filename or file), error.strerror]))
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return "out of memory; use a smaller picture, a lower --dtype or another --device"
     return f"unexpected {type(error).__name__}: {text} (ATOKEN_DEBUG=1 shows where)"
 
 
-def report_error(error: Exception) -> None:
-    """Print an error: one line, or everything when debugging."""
+def report_error(error: Exception, file: str = "") -> None:
+    """Print an error: one line, as `describe` makes it, and before it everything when debugging."""
     if debugging():
         traceback.print_exception(error)
-    report_line(describe(error))
+    report_line(describe(error, file))
 
 
 def report_line(message: str) -> None:

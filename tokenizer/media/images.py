@@ -105,8 +105,8 @@ def to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             white = Image.new("RGBA", rgba.size, "white")
-            return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
-        return np.asarray(image.convert("RGB"))
+            return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+        return np.array(image.convert("RGB"))
     except ValueError as error:
         raise InputError(f"{name}: pixels of mode {image.mode} cannot be converted to RGB; save it as RGB") from error
 
@@ -129,8 +129,13 @@ def save_image(image: NDArray[np.uint8], path: str | os.PathLike[str], *, qualit
         raise InputError(f"{target}: a picture to write is uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")
     # Full chroma: the default halves the colour resolution, which shows at the tokenizer's patch borders.
     options: dict[str, Any] = {"quality": quality, "subsampling": 0} if target.suffix.lower() != ".png" else {}
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(
+        encoded, Image.registered_extensions()[target.suffix.lower()], **options
+    )
+    # Through memory: Pillow's own writing takes a short write, the last one on a full disk, for success.
     with atomic_path(target) as temporary:
-        Image.fromarray(np.ascontiguousarray(image)).save(temporary, **options)
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def check_image_ending(path: Path) -> None:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError, require_package
+from tokenizer.media.images import save_image
 
 if TYPE_CHECKING:
     import av
@@ -142,7 +143,7 @@ def _frame_folder(folder: Path) -> Iterator[_WriteFrame]:
 
     def write(frame: Frame) -> None:
         nonlocal count
-        Image.fromarray(frame).save(folder / f"frame_{count:06d}.png")
+        save_image(frame, folder / f"frame_{count:06d}.png")
         count += 1
 
     yield write

@@ -1,0 +1,88 @@
+"""What the README says to type works: its Python runs, its commands run, its files and links exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenizer import AToken
+from tokenizer.cli import main
+from tokenizer.demo import CLIP, PHOTOGRAPH
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the README's examples name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PHOTOGRAPH, "photo.jpg")
+    shutil.copy(CLIP, "clip.mp4")
+    Path("pictures").mkdir()
+    shutil.copy(PHOTOGRAPH, "pictures/one.jpg")
+    return tmp_path
+
+
+def test_python(workplace: Path, tiny_models: Path) -> None:
+    # The released files are gigabytes; a small model in the same format stands for them.
+    AToken.from_pretrained(tiny_models / "atoken-nano").export_released("atoken-soc.safetensors")
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block, names)
+    assert isinstance(names["model"], AToken)
+    assert {"photo.atok", "atoken-soc", "copy.safetensors"} <= {path.name for path in workplace.iterdir()}
+    original, copy = (AToken.from_pretrained(path) for path in ("atoken-soc.safetensors", "copy.safetensors"))
+    assert copy.dtype == torch.bfloat16
+    for name, tensor in copy.state_dict().items():
+        assert torch.equal(tensor, original.state_dict()[name].bfloat16()), name
+
+
+def test_commands(workplace: Path) -> None:
+    ran = 0
+    for line in "".join(blocks("sh")).splitlines():
+        words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        elif words:
+            assert words[0] == "atoken"
+            with pytest.raises(SystemExit) as stop:
+                main(words[1:])
+            assert stop.value.code == 0, line
+            ran += 1
+    assert ran >= 8
+    assert (workplace / "pairs" / "one.png").is_file()
+
+
+def test_modules_and_paths_exist() -> None:
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        assert importlib.util.find_spec(module) is not None, module
+    links = [target for target in re.findall(r"\]\((.*?)\)", README) if not target.startswith("http")]
+    configs = re.findall(r"[\w/.-]+\.yaml", README)
+    for path in (*links, *configs):
+        if path != ".yaml":
+            assert (ROOT / path).exists(), path
+
+
+def test_the_tree_is_the_real_one() -> None:
+    [tree] = [block for block in blocks("") if block.startswith("tokenizer/")]
+    room = Path()
+    for line in tree.splitlines():
+        names = [word for word in line.split() if word.endswith(("/", ".py"))]
+        if not line.startswith(" "):
+            room = ROOT / names[0]
+            assert room.is_dir(), room
+            continue
+        for name in names if all(word.endswith("/") for word in line.split()) else names[:1]:
+            assert (room / name).exists(), room / name
