@@ -42,7 +42,7 @@ def check(recording: Recording, device: torch.device, dtype: torch.dtype, only: 
         if selected(f"{name}:", only):
             rows.append(_file_row(recording, name))
         if name in recording.files:
-            rows += _tensor_rows(recording, recording.files[name], plain, double, only)
+            rows += _tensor_rows(recording.files[name], plain, double, only)
     return rows
 
 
@@ -56,17 +56,16 @@ def _file_row(recording: Recording, name: str) -> Row:
     return Row(name, "", "", "bad file" if problem else "ok", detail=problem or "sha256 agrees")
 
 
-def _tensor_rows(recording: Recording, file: RecordedFile, plain: Bench, double: Bench, only: str) -> Iterator[Row]:
+def _tensor_rows(file: RecordedFile, plain: Bench, double: Bench, only: str) -> Iterator[Row]:
     names = sorted({*file.tensors, *(file.listed or {})}, key=_order)
     names = [name for name in names if selected(f"{file.name}:{name}", only)]
     if not names:
         return
-    # Inputs are known only after everything that reads them was computed, in other files too.
     for name in names:
-        yield _tensor_row(recording, file, name, double if name.startswith(F64) else plain)
+        yield _tensor_row(file, name, double if name.startswith(F64) else plain)
 
 
-def _tensor_row(recording: Recording, file: RecordedFile, name: str, bench: Bench) -> Row:
+def _tensor_row(file: RecordedFile, name: str, bench: Bench) -> Row:
     if name not in file.tensors:
         return Row(file.name, name, "", "missing", detail="README.json lists it")
     recorded = file.tensors[name]
@@ -80,11 +79,24 @@ def _tensor_row(recording: Recording, file: RecordedFile, name: str, bench: Benc
     if isinstance(value, str):
         return Row(file.name, name, kind, "unchecked", detail=value)
     if value is not None:
-        return compare(file.name, name, value, recorded, bench.dtype, _is_rounded(recording, name, recorded.dtype))
-    if name in file.read:
+        return compare(
+            file.name, name, value, recorded, bench.dtype, _is_rounded(bench.recording, name, recorded.dtype)
+        )
+    if _is_read(file, name, bench):
         return Row(file.name, name, kind, "input")
     detail = "; ".join(results.problems) or "nothing here computes a tensor of this name"
     return Row(file.name, name, kind, "unused input" if name.startswith("in.") else "unchecked", detail=detail)
+
+
+def _is_read(file: RecordedFile, name: str, bench: Bench) -> bool:
+    """Whether any computation of the recording takes this tensor as its input; other files may do so."""
+    others = iter(bench.recording.files.values())
+    while name not in file.read:
+        other = next(others, None)
+        if other is None:
+            return False
+        bench.results(other)
+    return True
 
 
 def _is_rounded(recording: Recording, name: str, dtype: torch.dtype) -> bool:
