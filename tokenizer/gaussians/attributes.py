@@ -69,7 +69,7 @@ class Gaussians:
     @property
     def unnormalised_rotations(self) -> Tensor:
         """[M, 4] quaternions (w, x, y, z) around the identity, of any length; what .ply files hold."""
-        return self.raw_rotations + self.raw_rotations.new_tensor([1.0, 0.0, 0.0, 0.0])
+        return torch.cat([self.raw_rotations[:, :1] + 1.0, self.raw_rotations[:, 1:]], dim=1)
 
     @property
     def rotations(self) -> Tensor:

@@ -6,7 +6,6 @@ size^3. As in `tokenizer.model.plan`, they are put side by side by length, so th
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.errors import InputError
-from tokenizer.model.attention import attend, attention_backend
+from tokenizer.model.attention import attend, attention_backend, varlen_attention
 from tokenizer.model.plan import Segments
 from tokenizer.model.precision import at_least_float32
 from tokenizer.sparse import SparseTokens
@@ -101,8 +100,9 @@ def attend_windows(query: Tensor, key: Tensor, value: Tensor, windows: Windows) 
     """
     if windows.soft_cap is None:
         return attend(query, key, value, windows.segments)
-    if attention_backend(query.device, query.dtype) == "flash-attn":
-        return _flash_attention(query, key, value, windows.segments, windows.soft_cap)
+    backend = attention_backend(query.device, query.dtype)
+    if backend == "flash-attn":  # torch's own kernel knows no soft cap
+        return varlen_attention(backend, query, key, value, windows.segments, softcap=windows.soft_cap)
     outputs = []
     start = 0
     for count, length in _batches(windows.segments, query.shape[1]):
@@ -126,18 +126,3 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float) -> 
     scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2) * query.shape[-1] ** -0.5
     weights = torch.softmax(cap * torch.tanh(scores / cap), dim=-1)
     return weights.to(value.dtype) @ value
-
-
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, cap: float) -> Tensor:
-    """All windows at once; the caller has checked that flash-attn is there."""
-    output: Tensor = importlib.import_module("flash_attn").flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        segments.query_offsets,
-        segments.key_offsets,
-        segments.max_queries,
-        segments.max_keys,
-        softcap=cap,
-    )
-    return output

@@ -6,7 +6,6 @@ else segments of equal length, which a plan lays side by side, run as one batche
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,13 @@ from torch import Tensor
 from tokenizer.model.plan import Segments
 
 _HALF = (torch.float16, torch.bfloat16)
+_HOMES = {
+    "flash-attn": ("flash_attn", "flash_attn_varlen_func"),
+    "torch varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+"""Varlen kernels, best first: module and function. They take the same arguments."""
+_KERNELS: dict[str, Callable[..., Any] | None] = {}
+"""Those looked for so far; None for one that is not there. Compiled code finds its kernel here without importing."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -32,21 +38,41 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ten
         [Nq, H, Dh], the dtype of `query`.
     """
     backend = attention_backend(query.device, query.dtype)
-    if backend == "flash-attn":
-        return _flash_attn(query, key, value, segments)
-    if backend == "torch varlen":
-        return _torch_varlen(query, key, value, segments)
-    return _batched_runs(query, key, value, segments)
+    if backend == "torch sdpa":
+        return _batched_runs(query, key, value, segments)
+    return varlen_attention(backend, query, key, value, segments)
 
 
+# Compilers take the answer for a constant: following the import of a kernel would break their graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def attention_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The kernel `attend` uses there: "flash-attn", "torch varlen" or "torch sdpa"."""
     if torch.device(device).type == "cuda" and dtype in _HALF:
-        if _flash_attn_function() is not None:
-            return "flash-attn"
-        if _torch_varlen_function() is not None:
-            return "torch varlen"
+        for backend in _HOMES:
+            if _kernel(backend) is not None:
+                return backend
     return "torch sdpa"
+
+
+def varlen_attention(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **options: Any
+) -> Tensor:
+    """All segments in one call of the kernel that `attention_backend` chose; `options` as the kernel knows them."""
+    if backend == "torch varlen":
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    kernel = _KERNELS[backend]
+    assert kernel is not None
+    output: Tensor = kernel(
+        query,
+        key,
+        value,
+        segments.query_offsets,
+        segments.key_offsets,
+        segments.max_queries,
+        segments.max_keys,
+        **options,
+    )
+    return output
 
 
 def _batched_runs(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -72,53 +98,17 @@ def _batched_runs(query: Tensor, key: Tensor, value: Tensor, segments: Segments)
 
 def _heads_first(x: Tensor, count: int) -> Tensor:
     """[count * L, H, Dh] -> [count, H, L, Dh], a view."""
-    return x.unflatten(0, (count, x.shape[0] // count)).transpose(1, 2)
+    view: Tensor = x.unflatten(0, (count, x.shape[0] // count)).transpose(1, 2)
+    return view
 
 
-@functools.cache
-def _flash_attn_function() -> Callable[..., Any] | None:
-    # A broken build of flash-attn fails with OSError or RuntimeError at import; torch's own kernel serves then.
-    try:
-        function: Callable[..., Any] = importlib.import_module("flash_attn").flash_attn_varlen_func
-    except (ImportError, OSError, RuntimeError, AttributeError):
-        return None
-    return function
-
-
-@functools.cache
-def _torch_varlen_function() -> Callable[..., Any] | None:
-    try:
-        function: Callable[..., Any] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return None
-    return function
-
-
-def _flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-    function = _flash_attn_function()
-    assert function is not None
-    output: Tensor = function(
-        query,
-        key,
-        value,
-        segments.query_offsets,
-        segments.key_offsets,
-        segments.max_queries,
-        segments.max_keys,
-    )
-    return output
-
-
-def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-    function = _torch_varlen_function()
-    assert function is not None
-    output: Tensor = function(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        segments.query_offsets,
-        segments.key_offsets,
-        segments.max_queries,
-        segments.max_keys,
-    )
-    return output
+def _kernel(backend: str) -> Callable[..., Any] | None:
+    """Import a kernel on first use."""
+    if backend not in _KERNELS:
+        module, function = _HOMES[backend]
+        try:
+            _KERNELS[backend] = getattr(importlib.import_module(module), function)
+        except (ImportError, OSError, RuntimeError, AttributeError):
+            # A broken build of flash-attn fails with OSError or RuntimeError at import; torch's own kernel serves then.
+            _KERNELS[backend] = None
+    return _KERNELS[backend]
