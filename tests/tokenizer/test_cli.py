@@ -316,11 +316,11 @@ class TestProcess:
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)  # until the first tokens are being written
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out, err) == (130, "", "interrupted\n")
         assert files_below(tmp_path) == ["long.mp4"]
 
