@@ -53,16 +53,15 @@ def selected(name: str, only: str) -> bool:
 
 def _file_row(recording: Recording, name: str) -> Row:
     problem = recording.problems.get(name)
-    return Row(name, "", "", "bad file" if problem else "ok", detail=problem or "sha256 agrees")
+    agrees = "sha256 agrees" if "sha256" in recording.readme else "no sha256 to compare with"
+    return Row(name, "", "", "bad file" if problem else "ok", detail=problem or agrees)
 
 
 def _tensor_rows(file: RecordedFile, plain: Bench, double: Bench, only: str) -> Iterator[Row]:
     names = sorted({*file.tensors, *(file.listed or {})}, key=_order)
-    names = [name for name in names if selected(f"{file.name}:{name}", only)]
-    if not names:
-        return
     for name in names:
-        yield _tensor_row(file, name, double if name.startswith(F64) else plain)
+        if selected(f"{file.name}:{name}", only):
+            yield _tensor_row(file, name, double if name.startswith(F64) else plain)
 
 
 def _tensor_row(file: RecordedFile, name: str, bench: Bench) -> Row:
