@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizer.errors import InputError
-from tokenizer.fingerprint import fingerprint
+from tokenizer.fingerprint import fingerprint, weights_digest
 from tokenizer.model.atoken import ATokenNetwork, Encoding
 from tokenizer.model.config import ATokenConfig
 from tokenizer.model.context import Tiling
@@ -67,7 +68,7 @@ class AToken(ATokenNetwork):
     >>> picture = model.decode_visual(encoding)         # uint8 array [1, H, W, 3]
     """
 
-    _fingerprint: str | None = None
+    _weights: tuple[int, str] | None = None
 
     # ------------------------------------------------------------------ files
 
@@ -124,15 +125,24 @@ class AToken(ATokenNetwork):
 
     @property
     def fingerprint(self) -> str:
-        """The name of this model's latent space (`tokenizer.fingerprint`), computed once."""
-        if self._fingerprint is None:
-            state = self.state_dict()
-            self._fingerprint = fingerprint(self.config, state, state.__getitem__)
-        return self._fingerprint
+        """The name of this model's latent space (`tokenizer.fingerprint`)."""
+        return fingerprint(self.config, self.weights_digest)
 
-    def remember_fingerprint(self, value: str) -> None:
-        """Keep the fingerprint of the file these weights came from, before any change of precision."""
-        self._fingerprint = value
+    @property
+    def weights_digest(self) -> str:
+        """The digest of the weights, computed anew after they changed. A change of precision is none."""
+        if self._weights is None or self._weights[0] != self._changes():
+            self.remember_digest(weights_digest(self.state_dict()))
+        assert self._weights is not None
+        return self._weights[1]
+
+    def remember_digest(self, digest: str) -> None:
+        """Keep the digest of the weights as they were in their file, before any change of precision."""
+        self._weights = (self._changes(), digest)
+
+    def _changes(self) -> int:
+        """How often the parameters were written to. `.to(dtype)` does not count."""
+        return sum(p._version for p in chain(self.parameters(), self.buffers()) if not p.is_inference())
 
     # ------------------------------------------------------------------ pictures and clips
 
@@ -174,11 +184,11 @@ class AToken(ATokenNetwork):
         """
         stored = visual if isinstance(visual, TokenFile) else TokenFile(visual.tokens, visual.origin)
         stored.check_made_by(self.config.name, self.fingerprint)
-        tokens = stored.tokens.to(self.device)
-        patches = self.decode(tokens, tiling)
-        frames = tokens_to_pixels(patches, stored.origin.sizes, self.config.patch_size)
-        if len(frames) != 1:
-            raise InputError(f"the file holds {len(frames)} visuals; decode them one by one with TokenReader.items()")
+        sizes = stored.origin.sizes
+        if len(sizes) != 1:
+            raise InputError(f"the file holds {len(sizes)} visuals; decode them one by one with TokenReader.items()")
+        patches = self.decode(stored.tokens.to(self.device), tiling)
+        frames = tokens_to_pixels(patches, sizes, self.config.patch_size)
         pixels: Pixels = float_to_uint8(frames[0]).cpu().numpy()
         return pixels
 

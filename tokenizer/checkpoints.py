@@ -11,21 +11,22 @@ the size of the result plus one tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizer.api import AToken
 from tokenizer.atomic import atomic_path
 from tokenizer.config import config_to_dict, parse_config, read_mapping
 from tokenizer.errors import InputError
-from tokenizer.fingerprint import fingerprint
-from tokenizer.model.config import SO400M_C, SO400M_C_STAGE1, ATokenConfig
+from tokenizer.fingerprint import sample, weights_digest
+from tokenizer.model.atoken import ATokenNetwork
+from tokenizer.model.config import SO400M_C, SO400M_C_STAGE1, SO400M_D, ATokenConfig
 from tokenizer.released import (
     config_from_released,
     config_to_released,
@@ -34,17 +35,23 @@ from tokenizer.released import (
     rename_to_released,
     to_released,
 )
+from tokenizer.tensorio import write_pt, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 PRETRAINED = Path(__file__).parent / "pretrained"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MAPPED_BYTES = 2**26
+"""How much of a file is read before it is mapped anew."""
+_DIGEST = "weights"
+"""Metadata entry with the digest of the weights before any rounding; believed of float16 files only."""
 
 _Network = TypeVar("_Network", bound=AToken)
 
 
 def bundled_models() -> dict[str, Path]:
     """Models that come with this package, by name."""
-    return {folder.name: folder for folder in sorted(PRETRAINED.iterdir()) if (folder / CONFIG_FILE).is_file()}
+    return {config.parent.name: config.parent for config in sorted(PRETRAINED.glob(f"*/{CONFIG_FILE}"))}
 
 
 def load_network(
@@ -70,10 +77,10 @@ def load_network(
     if path.is_dir():
         config = parse_config(ATokenConfig, read_mapping(path / CONFIG_FILE), str(path / CONFIG_FILE))
         path = path / WEIGHTS_FILE
-    with _open_tensors(path) as tensors:
-        if config is None:
-            config = _config_beside(path, tensors)
-        return fill(kind, config, tensors, str(path), dtype=dtype, device=device)
+    tensors = _FileTensors(path)
+    if config is None:
+        config = _config_beside(path, tensors)
+    return fill(kind, config, tensors, str(path), dtype=dtype, device=device)
 
 
 def find_model(source: str | Path) -> Path:
@@ -98,85 +105,124 @@ def find_model(source: str | Path) -> Path:
     )
 
 
-def save_network(network: AToken, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `config.json` and `model.safetensors`, both or neither.
+def save_network(network: ATokenNetwork, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json` and `model.safetensors`, both or neither. Other files in the folder stay.
 
     Args:
         dtype: store floating parameters in this type; by default as they are.
     """
-    with atomic_path(folder) as path:
-        path.mkdir()
-        text = json.dumps(config_to_dict(network.config), indent=2)
-        (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
-        save_file(state, path / WEIGHTS_FILE, metadata={"format": "pt", "name": network.config.name})
+    folder = Path(folder)
+    if folder.is_dir():
+        with atomic_path(folder / CONFIG_FILE) as config, atomic_path(folder / WEIGHTS_FILE) as weights:
+            _write(network, config, weights, dtype)
+    else:
+        with atomic_path(folder) as new:
+            new.mkdir()
+            _write(network, new / CONFIG_FILE, new / WEIGHTS_FILE, dtype)
+
+
+def _write(network: ATokenNetwork, config: Path, weights: Path, dtype: torch.dtype | None) -> None:
+    own = network.state_dict()
+    digest = network.weights_digest if isinstance(network, AToken) else weights_digest(own)
+    state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in own.items()}
+    write_safetensors(state, weights, {"format": "pt", "name": network.config.name, _DIGEST: digest})
+    config.write_text(json.dumps(config_to_dict(network.config), indent=2) + "\n", encoding="utf-8")
 
 
 def export_released(network: AToken, path: str | Path) -> None:
     """Write the parameters under released names to a `.safetensors` or `.pt` file, and the released configuration
-    beside it as `.json`. Tensors are the same bytes.
+    beside it as `.json`, both or neither. Tensors are the same bytes.
 
     Raises:
-        InputError: a model with a linear code beside the transformers, or another ending.
+        InputError: another ending, or a model with what the released format does not know (`config_to_released`).
     """
     target = Path(path)
-    released_config = json.dumps(config_to_released(network.config), indent=2)
-    state = {name: tensor.contiguous() for name, tensor in to_released(network.state_dict()).items()}
     if target.suffix not in (".safetensors", ".pt"):
         raise InputError(f"{target}: released checkpoints end in .safetensors or .pt")
-    with atomic_path(target) as temporary:
+    text = json.dumps(config_to_released(network.config), indent=2) + "\n"
+    state = {name: tensor.to("cpu").contiguous() for name, tensor in to_released(network.state_dict()).items()}
+    with atomic_path(target.with_suffix(".json")) as config, atomic_path(target) as weights:
         if target.suffix == ".pt":
-            torch.save(state, temporary)
+            write_pt(state, weights)
         else:
-            save_file(state, temporary, metadata={"format": "pt"})
-    with atomic_path(target.with_suffix(".json")) as temporary:
-        temporary.write_text(released_config + "\n", encoding="utf-8")
+            write_safetensors(state, weights, {"format": "pt"})
+        config.write_text(text, encoding="utf-8")
 
 
-class _Tensors:
-    """Named tensors read one at a time, from a memory-mapped safetensors file or a mapping."""
+class _FileTensors(Mapping[str, Tensor]):
+    """Tensors of a .safetensors or .pt file, read from a memory map. Copy each before asking for the next one.
 
-    def __init__(self, path: Path | None, mapping: Mapping[str, Tensor] | None) -> None:
-        self._mapping = mapping
-        self._file = None
-        if path is not None:
-            try:
-                self._file = safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
-            except (SafetensorError, OSError, ValueError) as error:
-                raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+    Pages that were read count as memory of the process as long as they are mapped, so the file is mapped anew from time
+    to time.
 
-    def __enter__(self) -> _Tensors:
-        return self
+    Raises:
+        InputError: an unreadable file.
+    """
 
-    def __exit__(self, *_: object) -> None:
-        self._file = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._map()
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        if self._mapping is not None:
-            return {name: tuple(tensor.shape) for name, tensor in self._mapping.items()}
-        assert self._file is not None
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+    def _map(self) -> None:
+        pt = self._path.suffix in (".pt", ".pth", ".bin")
+        self._file: Mapping[str, Tensor] | _Safetensors = _read_pt(self._path) if pt else _Safetensors(self._path)
+        self._read = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._mapping is not None:
-            return self._mapping[name]
-        assert self._file is not None
+        if self._read > MAPPED_BYTES:
+            self._map()
+        tensor = self._file[name]
+        self._read += tensor.nbytes
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Without reading a tensor: a mapped one is read where it is touched."""
+        return {name: tuple(self._file[name].shape) for name in self._file}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata if isinstance(self._file, _Safetensors) else {}
+
+
+class _Safetensors(Mapping[str, Tensor]):
+    """A memory-mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        opener: Any = safe_open  # safetensors ships no types for what it returns
+        try:
+            self._file = opener(str(path), framework="pt")
+            self._names: list[str] = list(self._file.keys())
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+
+    def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
-def _open_tensors(path: Path) -> _Tensors:
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return _Tensors(None, _read_pt(path))
-    return _Tensors(path, None)
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _read_pt(path: Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: damaged, or holds more than tensors, which is never run or read") from None
     except Exception as error:  # torch.load has no common error type for foreign and truncated files
         raise InputError(f"{path}: not a readable .pt state dict ({type(error).__name__}); is it complete?") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{path}: must hold a bare state dict of names and tensors")
     return state
 
@@ -184,22 +230,21 @@ def _read_pt(path: Path) -> Mapping[str, Tensor]:
 def fill(
     kind: type[_Network],
     config: ATokenConfig,
-    tensors: Mapping[str, Tensor] | _Tensors,
+    tensors: Mapping[str, Tensor],
     where: str,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> _Network:
-    """Build `kind(config)` on the meta device and give it `tensors`, under our names or released ones.
+    """Build `kind(config)` on the meta device and give it copies of `tensors`, under our names or released ones.
 
     Raises:
-        InputError: listing missing, extra and mis-shaped keys, a few of each.
+        InputError: listing missing, extra and mis-shaped keys, a few of each; or weights that are no floats.
     """
-    if not isinstance(tensors, _Tensors):
-        tensors = _Tensors(None, tensors)
     with torch.device("meta"):
         network = kind(config)
-    shapes = tensors.shapes()
+    file = tensors if isinstance(tensors, _FileTensors) else None
+    shapes = file.shapes() if file else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     released = looks_released(shapes)
     names = rename_from_released(shapes) if released else {name: name for name in shapes}
     wanted = {
@@ -207,13 +252,21 @@ def fill(
         for name, parameter in network.state_dict().items()
     }
     _compare({name: shapes[name] for name in names}, wanted, where, config.name)
+    samples, half = {}, False
     for theirs, ours in names.items():
+        stored = tensors[theirs]
+        if not stored.is_floating_point():
+            raise InputError(f"{where}: {theirs} is {str(stored.dtype).removeprefix('torch.')}; weights must be floats")
+        samples[ours] = sample(stored)
+        half |= stored.dtype == torch.float16
+        tensor = stored.to(device=device, dtype=dtype, copy=True)
         module_name, _, leaf = ours.rpartition(".")
-        tensor = tensors[theirs].to(device=device, dtype=dtype, copy=dtype is None)
         module = network.get_submodule(module_name)
         setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
-    sources = {ours: theirs for theirs, ours in names.items()}
-    network.remember_fingerprint(fingerprint(config, sources, lambda name: tensors[sources[name]]))
+    digest = weights_digest(samples)
+    if file and half:
+        digest = file.metadata.get(_DIGEST, digest)
+    network.remember_digest(digest)
     return network.eval()
 
 
@@ -235,16 +288,23 @@ def _compare(
         raise InputError(f"{where}: does not fit the configuration '{name}': keys {'; '.join(problems)}")
 
 
-def _config_beside(path: Path, tensors: _Tensors) -> ATokenConfig:
+def _config_beside(path: Path, tensors: _FileTensors) -> ATokenConfig:
     candidates = [path.with_suffix(end) for end in (".yaml", ".yml", ".json")]
     candidates += [path.with_name(f"config{end}") for end in (".yaml", ".yml", ".json")]
     for candidate in candidates:
         if candidate.is_file():
             values = read_mapping(candidate)
             if "encoder_model_channels" in values or "latent_channels" not in values or "encoder" not in values:
-                return config_from_released(values)
+                return _released_config(candidate, values)
             return parse_config(ATokenConfig, values, str(candidate))
     return _guess_released(path, tensors.shapes())
+
+
+def _released_config(path: Path, values: Mapping[str, Any]) -> ATokenConfig:
+    try:
+        return config_from_released(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _guess_released(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ATokenConfig:
@@ -253,8 +313,6 @@ def _guess_released(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> AToken
     for config in (SO400M_C, SO400M_C_STAGE1):
         if shapes.get("proj.weight") == (2 * config.latent_channels, config.encoder.width):
             if "sod" in path.stem.lower() or path.stem.lower().endswith("-d"):
-                from tokenizer.model.config import SO400M_D
-
                 return SO400M_D
             return config
     raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,19 +15,29 @@ from tokenizer.model.config import ATokenConfig
 _SAMPLES = 64
 
 
-def fingerprint(config: ATokenConfig, names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
-    """16 hexadecimal digits from the configuration (less its name) and up to 64 values of every parameter.
-
-    Values are rounded to bfloat16 first, so a model loaded in half precision keeps the name of its latent space.
-    """
-    digest = hashlib.sha256()
+def fingerprint(config: ATokenConfig, weights: str) -> str:
+    """16 hexadecimal digits from the configuration (less its name) and the digest of the weights."""
     settings = config_to_dict(config)
     settings.pop("name")
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(names):
-        values = tensor_of(name).detach().flatten()
-        step = max(1, values.numel() // _SAMPLES)
+    text = json.dumps(settings, sort_keys=True) + weights
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits from up to 64 values of every tensor, which may be `sample`s already.
+
+    Values are rounded to bfloat16, so float32 weights and their bfloat16 copy agree. float16 rounds to other values:
+    whoever makes a float16 copy keeps the digest of the original.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
         digest.update(name.encode())
-        sample = values[::step][:_SAMPLES].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        digest.update(sample(tensors[name]).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Up to 64 values spread over `tensor`, bfloat16 on the CPU."""
+    values = tensor.detach().flatten()
+    step = max(1, values.numel() // _SAMPLES)
+    return values[::step][:_SAMPLES].to("cpu", torch.bfloat16).clone()

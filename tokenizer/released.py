@@ -6,9 +6,11 @@ identical bytes.
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -79,6 +81,7 @@ _CONFIG_KEYS = frozenset(
     ]
 }
 _SWALLOWED = frozenset({"class_name", "name"})
+_TILE_FRAMES = 16
 _POSITIONS = {"joint": (True, True), "learned": (True, False), "rope": (False, True)}
 
 
@@ -142,19 +145,14 @@ def config_from_released(released: Mapping[str, Any], name: str | None = None) -
         name: what to call the model; by default it is derived from the sizes.
 
     Raises:
-        InputError: unknown keys, or a choice that no released model uses (another attention mode, LFQ).
+        InputError: unknown keys, values of another type, or a choice that no released model uses (another attention
+            mode, LFQ).
     """
-    import difflib
-
-    for key in released:
-        if key not in _CONFIG_KEYS | _SWALLOWED:
-            near = difflib.get_close_matches(key, _CONFIG_KEYS, n=1)
-            raise InputError(
-                f"unknown key '{key}' in the released configuration" + (f"; did you mean '{near[0]}'?" if near else "")
-            )
+    for key, value in released.items():
+        _check_key(key, value)
     values = {**_RELEASED_DEFAULTS, **released}
-    patch = tuple(int(size) for size in values["patch_size"])
-    if len(patch) != 3:
+    patch = tuple(values["patch_size"])
+    if len(patch) != 3 or not all(isinstance(size, int) for size in patch):
         raise InputError(f"patch_size must have three numbers (frames, rows, columns), got {list(patch)}")
     features = patch[0] * patch[1] * patch[2] * 3
     for key in ("in_channels", "out_channels"):
@@ -164,7 +162,7 @@ def config_from_released(released: Mapping[str, Any], name: str | None = None) -
             )
     return ATokenConfig(
         name=name or _default_name(values),
-        patch_size=cast(tuple[int, int, int], patch),
+        patch_size=patch,
         latent_channels=values["latent_channels"],
         encoder=_stack(values, "encoder"),
         decoder=_stack(values, "decoder") if values["use_decoder"] else None,
@@ -172,14 +170,31 @@ def config_from_released(released: Mapping[str, Any], name: str | None = None) -
     )
 
 
+def _check_key(key: str, value: Any) -> None:
+    if key not in _CONFIG_KEYS | _SWALLOWED:
+        near = difflib.get_close_matches(str(key), _CONFIG_KEYS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise InputError(f"unknown key '{key}' in the released configuration{hint}")
+    known = _RELEASED_DEFAULTS.get(key)
+    if known is not None and type(value) is not type(known):
+        raise InputError(f"{key} must be like {json.dumps(known)}, got {json.dumps(value, default=str)}")
+
+
 def config_to_released(config: ATokenConfig) -> dict[str, Any]:
     """The released keys of a configuration.
 
     Raises:
-        InputError: the configuration has a linear code beside the transformers, which the released format does not know.
+        InputError: a linear code beside the transformers, other tiles than 16 frames, or no positions at all: the
+            released format has no key for them.
     """
     if config.skip is not None:
-        raise InputError(f"{config.name} has a linear code beside the transformers, which the released format does not know")
+        raise InputError(
+            f"{config.name} has a linear code beside the transformers, which the released format does not know"
+        )
+    if config.tile_frames != _TILE_FRAMES:
+        raise InputError(
+            f"{config.name} has tiles of {config.tile_frames} frames; the released format knows {_TILE_FRAMES} only"
+        )
     released: dict[str, Any] = {
         **_RELEASED_DEFAULTS,
         "patch_size": list(config.patch_size),
@@ -221,8 +236,11 @@ def _stack(values: Mapping[str, Any], side: str) -> TransformerConfig:
     )
 
 
-def _stack_keys(side: Literal["encoder", "decoder"] | str, stack: TransformerConfig) -> dict[str, Any]:
-    mode = next(name for name, flags in _POSITIONS.items() if flags == (stack.learned_positions, stack.rotary))
+def _stack_keys(side: str, stack: TransformerConfig) -> dict[str, Any]:
+    flags = (stack.learned_positions, stack.rotary)
+    mode = next((name for name, known in _POSITIONS.items() if known == flags), None)
+    if mode is None:
+        raise InputError(f"the {side} has no positions at all, which the released format does not know")
     return {
         f"{side}_model_channels": stack.width,
         f"{side}_num_blocks": stack.depth,

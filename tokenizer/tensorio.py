@@ -1,0 +1,45 @@
+"""Writing tensors so that a full disk is an `OSError` like any other; both libraries hide it in errors of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file at `path` (use a path from `tokenizer.atomic`).
+
+    Raises:
+        OSError: as the system gave it.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def write_pt(value: Any, path: Path) -> None:
+    """Write tensors and plain containers with `torch.save`, readable with weights_only=True.
+
+    Raises:
+        OSError: as the system gave it.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
