@@ -22,6 +22,7 @@ from tokenizer.model.decoder import Decoder
 from tokenizer.model.encoder import Encoder
 from tokenizer.model.piecewise import PiecewiseLinearCode
 from tokenizer.model.plan import Plan, item_segments, tile_plan
+from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
 from tokenizer.model.transformer import Block, BlockCache, Observer, Transformer
 from tokenizer.quantizers import Quantized, Quantizer, make_quantizer
@@ -138,7 +139,9 @@ class ATokenNetwork(nn.Module):
         tiling = tiling or Tiling(stride=self.config.tile_frames)
         stride, context = tiling.steps(self.config.patch_size[0], self.config.tile_frames)
         if context == 0:
-            return latents.with_features(self.decode_tile(latents.features, tile_plan(latents, stride), observe=observe))
+            return latents.with_features(
+                self.decode_tile(latents.features, tile_plan(latents, stride), observe=observe)
+            )
         caches: list[BlockCache] = []
         patches = latents.features.new_empty(latents.num_tokens, self.config.patch_features)
         for rows, plan in context_tiles(latents, stride, context):
@@ -187,6 +190,10 @@ class ATokenNetwork(nn.Module):
         # On a device the check would make the host wait; there it is the caller's choice.
         return tokens.validate() if tokens.device.type == "cpu" and not torch.compiler.is_compiling() else tokens
 
+    def transformers(self) -> list[Transformer]:
+        """The encoder's, and the decoder's if there is one."""
+        return [part.transformer for part in (self.encoder, self.decoder) if part is not None]
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw every parameter anew.
@@ -199,11 +206,9 @@ class ATokenNetwork(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, Transformer):
-                if module.positions is not None:
-                    nn.init.normal_(module.positions.weight, std=0.02, generator=generator)
-        stacks = [self.encoder.transformer] + ([self.decoder.transformer] if self.decoder is not None else [])
-        for stack in stacks:
+            elif isinstance(module, PositionTable):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+        for stack in self.transformers():
             for block in stack.blocks:
                 assert isinstance(block, Block)
                 for layer in (block.attention.out, block.mlp.down):

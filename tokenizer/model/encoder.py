@@ -33,7 +33,8 @@ class AttentionPool(nn.Module):
         query = self.query(self.probe).view(1, self.heads, self.head_width).expand(items, -1, -1)
         key, value = self.key_value(x).unflatten(-1, (2, self.heads, self.head_width)).unbind(1)
         pooled = self.out(attend(query, key, value, segments).flatten(1))
-        return pooled + self.mlp(self.norm(pooled))
+        output: Tensor = pooled + self.mlp(self.norm(pooled))
+        return output
 
 
 class Encoder(nn.Module):

@@ -1,7 +1,7 @@
 """A piecewise linear code beside the transformers, for small models (released ones have none).
 
-A small transformer with normalised tokens learns slowly to pass pixel magnitudes through. Here a set of linear codes does
-that from the first step: each patch is coded by the one that fits it best, a few latent channels say which, and the
+A small transformer with normalised tokens learns slowly to pass pixel magnitudes through. Here a set of linear codes
+does that from the first step: each patch is coded by the one that fits it best, a few latent channels say which, and the
 transformers add what is better than any linear code. `tokenizer.training.initialise` fits the codes to data.
 
 K codes, c = C - d latent channels carry the coefficients, d channels carry the number of the code in base 4.

@@ -41,7 +41,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+        normed: Tensor = F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+        return normed
 
 
 class HeadNorm(nn.Module):
@@ -55,7 +56,8 @@ class HeadNorm(nn.Module):
         """[N, H, Dh] -> the same shape and dtype; computed in float32 at least."""
         full = at_least_float32(x)
         length = torch.linalg.vector_norm(full, dim=-1, keepdim=True).clamp_min(1e-12)
-        return (full / length * (at_least_float32(self.scale) * math.sqrt(x.shape[-1]))).to(x.dtype)
+        normed: Tensor = full / length * (at_least_float32(self.scale) * math.sqrt(x.shape[-1]))
+        return normed.to(x.dtype)
 
 
 def make_norm(kind: str, width: int) -> nn.Module:
@@ -110,7 +112,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        output: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return output
 
 
 class Block(nn.Module):

@@ -30,7 +30,7 @@ def starting_network(config: TrainConfig) -> ATokenNetwork:
         return network
     generator = torch.Generator().manual_seed(config.seed)
     network.reset_parameters(generator)
-    store = TrainingStore(config.data, config.batch.kinds)
+    store = TrainingStore(config.data, config.batch)
     # A stream of its own: the patches of the codes are not the crops of step 0.
     stills, clips = store.sample_patches(config.code_patches, sizes.patch_size, (config.seed, 1, 0))
     figures = start_from_linear_codes(network, stills, clips, config.code_iterations, generator)

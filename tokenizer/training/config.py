@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tokenizer.errors import InputError
 from tokenizer.model.config import FSQConfig
@@ -16,6 +17,7 @@ class BatchConfig:
     image_sides: sides in pixels of the square image crops; one is drawn a step.
     clip_sides: the same for clips of `clip_frames` frames.
     kinds: sampling weight of each kind of array in the store; kinds not named are left out.
+    largest_side: leave out pictures whose shorter side is longer than this; large copies of a photograph are smooth.
     """
 
     images: int = 24
@@ -24,6 +26,7 @@ class BatchConfig:
     clip_sides: tuple[int, ...] = (64, 96, 128)
     clip_frames: int = 16
     kinds: dict[str, float] = field(default_factory=dict)
+    largest_side: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +42,7 @@ class LossConfig:
     l2: float = 0.0
     psnr: float = 0.0
     lpips: float = 0.0
-    lpips_backbone: str = "alexnet"
+    lpips_backbone: Literal["vgg16", "alexnet"] = "alexnet"
     lpips_images: int = 4
     lpips_from: int = 0
     kl: float = 1e-8
@@ -47,13 +50,15 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, and Muon for the matrices inside blocks if `muon_lr` is set; `skip_lr` is for the linear codes (0: fixed).
+    """AdamW, and Muon for the matrices inside blocks if `muon_lr` is set; `plain_lr` is for biases, norms and
+    scales (by default `lr`), `skip_lr` for the linear codes (0: fixed).
 
     The rate rises linearly for `warmup` steps, stays, and falls to zero as 1 - sqrt(progress) over the last
     `decay_fraction` of the run.
     """
 
     lr: float = 1e-3
+    plain_lr: float | None = None
     skip_lr: float = 2e-5
     muon_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
@@ -86,7 +91,7 @@ class TrainConfig:
     code_patches: int = 48_000
     code_iterations: int = 12
     quantizer: FSQConfig | None = None
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     batch: BatchConfig = field(default_factory=BatchConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -96,7 +101,5 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"precision must be fp32 or bf16, got '{self.precision}'")
         if self.batch.images < 0 or self.batch.clips < 0 or self.batch.images + self.batch.clips == 0:
             raise InputError("batch.images and batch.clips must not be negative, and not both zero")

@@ -31,7 +31,7 @@ def start_from_linear_codes(
 
     Args:
         network: with a skip, and parameters already drawn.
-        stills: [n, P / Pt] first frames, clips: [m, P] patches, values in [-1, 1].
+        stills: [places, n, P / Pt] first frames, clips: [places, n, P] patches, values in [-1, 1].
         iterations: see `fit_codes`.
 
     Returns:
@@ -47,6 +47,7 @@ def start_from_linear_codes(
         figures[name] = 10 * math.log10(4 / fitted.error)
     skip.logvar.fill_(INITIAL_LOGVAR)
 
+    clips = clips.flatten(0, 1)
     centred = clips - clips.mean(dim=0)
     components = principal_components(centred, max(network.config.encoder.width, decoder.transformer.config.width))
     spread = (centred @ components).square().mean(dim=0).sqrt()

@@ -21,28 +21,33 @@ class FittedCodes:
 def fit_codes(patches: Tensor, codes: int, channels: int, iterations: int, generator: torch.Generator) -> FittedCodes:
     """Alternate between assigning patches to subspaces and one step of subspace iteration for each.
 
+    PSNR is a relative measure, so each place counts by the inverse of the error that a single linear code makes there:
+    otherwise rough textures would own all the codes.
+
     Args:
-        patches: [n, F] float, n well above codes x channels.
+        patches: [places, n, F] float; places x n well above codes x channels.
         codes, channels: K and c.
         iterations: rounds; the error falls with each and settles after about a dozen.
         generator: decides the random start.
     """
+    weights = _relative_weights(patches, channels, generator)
+    patches = patches.flatten(0, 1)
     count = len(patches)
-    start_mean = patches.mean(dim=0)
-    start = torch.linalg.qr(torch.randn(patches.shape[1], channels, generator=generator))[0]
+    everything = torch.arange(count)
+    start = _start(patches.shape[1], channels, generator)
+    start_mean = _mean(patches, weights)
     for _ in range(6):
-        start = _refine(patches - start_mean, start)
+        start = _refine(patches - start_mean, weights, start)
     label = torch.randint(codes, (count,), generator=generator)
     means, bases = [start_mean] * codes, [start] * codes
     for round_number in range(iterations):
         for k in range(codes):
-            mine = patches[label == k]
+            mine = everything[label == k]
             if len(mine) < 3 * channels:  # a starved code starts again from random patches
-                mine = patches[torch.randint(count, (20 * channels,), generator=generator)]
-            means[k] = mine.mean(dim=0)
-            centred = mine - means[k]
+                mine = torch.randint(count, (20 * channels,), generator=generator)
+            means[k] = _mean(patches[mine], weights[mine])
             for _ in range(3 if round_number == 0 else 1):
-                bases[k] = _refine(centred, bases[k])
+                bases[k] = _refine(patches[mine] - means[k], weights[mine], bases[k])
         errors = torch.stack([_error(patches - mean, basis) for mean, basis in zip(means, bases, strict=True)], dim=1)
         label = errors.argmin(dim=1)
     spreads = []
@@ -56,17 +61,40 @@ def fit_codes(patches: Tensor, codes: int, channels: int, iterations: int, gener
     return FittedCodes(torch.stack(means), torch.stack(bases).transpose(1, 2), torch.stack(spreads), error)
 
 
+def _relative_weights(patches: Tensor, channels: int, generator: torch.Generator) -> Tensor:
+    """[places * n]: one over the mean error of a single linear code at each place, floored, with mean 1."""
+    flat = patches.flatten(0, 1)
+    centred = flat - flat.mean(dim=0)
+    basis, one = _start(flat.shape[1], channels, generator), torch.ones(len(flat))
+    for _ in range(8):
+        basis = _refine(centred, one, basis)
+    error = _error(centred, basis).view(patches.shape[:2]).mean(dim=1)
+    weights = 1 / (error + 0.2 * error.median())
+    return (weights / weights.mean()).repeat_interleave(patches.shape[1])
+
+
+def _start(features: int, channels: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(features, channels, generator=generator)).Q
+
+
+def _mean(patches: Tensor, weights: Tensor) -> Tensor:
+    return weights @ patches / weights.sum()
+
+
 def principal_components(centred: Tensor, count: int) -> Tensor:
     """[F, count] orthonormal columns, strongest first."""
     _, vectors = torch.linalg.eigh(centred.T @ centred)
-    return vectors[:, -count:].flip(1)
+    strongest: Tensor = vectors[:, -count:].flip(1)
+    return strongest
 
 
-def _refine(centred: Tensor, basis: Tensor) -> Tensor:
-    refined: Tensor = torch.linalg.qr(centred.T @ (centred @ basis))[0]
+def _refine(centred: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
+    """One step of subspace iteration on the weighted covariance."""
+    refined: Tensor = torch.linalg.qr(centred.T @ (weights[:, None] * (centred @ basis))).Q
     return refined
 
 
 def _error(centred: Tensor, basis: Tensor) -> Tensor:
     """Squared distance of each row from the span of the columns, [n]."""
-    return centred.square().sum(dim=1) - (centred @ basis).square().sum(dim=1)
+    error: Tensor = centred.square().sum(dim=1) - (centred @ basis).square().sum(dim=1)
+    return error

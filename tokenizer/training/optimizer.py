@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
 from tokenizer.training.config import OptimizerConfig
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
@@ -22,7 +25,8 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
     skip: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if name.startswith("skip."):
-            skip.append(parameter.requires_grad_(config.skip_lr > 0))
+            parameter.requires_grad_(config.skip_lr > 0)
+            skip.append(parameter)
         elif parameter.ndim < 2 or "positions" in name or "norm" in name:
             plain.append(parameter)
         elif config.muon_lr is not None and ".blocks." in name:
@@ -31,7 +35,7 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
             decayed.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": plain, "weight_decay": 0.0, "lr": config.plain_lr or config.lr},
         {"params": [p for p in skip if p.requires_grad], "weight_decay": 0.0, "lr": config.skip_lr},
     ]
     optimizers: list[torch.optim.Optimizer] = [
@@ -64,10 +68,10 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["peak"] * factor
 
 
-class MovingAverage:
+class MovingAverage(Generic[_Network]):
     """Exponential moving average of the parameters, with a shorter memory in the first steps."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: _Network, decay: float) -> None:
         self.decay = decay
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
-from tokenizer.training.optimizer import MovingAverage
 
 STATE_FILE = "state.pt"
 
@@ -19,7 +18,7 @@ def save_state(
     folder: Path,
     step: int,
     network: nn.Module,
-    average: MovingAverage,
+    average: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     settings: dict[str, Any],
@@ -30,7 +29,7 @@ def save_state(
             {
                 "step": step,
                 "network": network.state_dict(),
-                "average": average.network.state_dict(),
+                "average": average.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "generator": generator.get_state(),
                 "settings": settings,
@@ -42,7 +41,7 @@ def save_state(
 def load_state(
     folder: Path,
     network: nn.Module,
-    average: MovingAverage,
+    average: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     settings: dict[str, Any],
@@ -66,7 +65,7 @@ def load_state(
             "choose another out= folder or remove it"
         )
     network.load_state_dict(state["network"])
-    average.network.load_state_dict(state["average"])
+    average.load_state_dict(state["average"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     generator.set_state(state["generator"])

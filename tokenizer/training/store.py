@@ -41,7 +41,7 @@ class CropBatch:
 class TrainingStore:
     """Arrays of a store, memory-mapped, split by source file into training and validation."""
 
-    def __init__(self, folder: str | Path, kinds: Mapping[str, float], *, validation: bool = False) -> None:
+    def __init__(self, folder: str | Path, config: BatchConfig, *, validation: bool = False) -> None:
         self.folder = Path(folder)
         manifest = self.folder / "manifest.json"
         if not manifest.is_file():
@@ -49,8 +49,12 @@ class TrainingStore:
                 f"{self.folder}: no training store here; make one with: python -m data.sources.nano --out {folder}"
             )
         entries = read_mapping(manifest)["arrays"]
+        kinds = config.kinds
         chosen = [e for e in entries if kinds.get(e["kind"], 0) > 0 and _is_validation(e) == validation]
-        self._images = _Weighted(self.folder, [e for e in chosen if e["path"].startswith("images/")], kinds)
+        pictures = [e for e in chosen if e["path"].startswith("images/")]
+        if config.largest_side is not None:
+            pictures = [e for e in pictures if min(e["size"][:2]) <= config.largest_side]
+        self._images = _Weighted(self.folder, pictures, kinds)
         self._clips = _Weighted(self.folder, [e for e in chosen if e["path"].startswith("clips/")], kinds)
 
     def batch(self, config: BatchConfig, patch_size: PatchSize, seed: tuple[int, ...]) -> CropBatch:
@@ -69,13 +73,19 @@ class TrainingStore:
         )
 
     def sample_patches(self, count: int, patch_size: PatchSize, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Random single patches: stills [count, P / Pt] and clips [count, P], in [-1, 1], for fitting linear codes."""
+        """Random patches for fitting linear codes, in [-1, 1], 16 neighbours from each of count / 16 places.
+
+        Returns:
+            Stills [count / 16, 16, P / Pt] and clips [count / 16, 16, P].
+        """
         rng = np.random.default_rng(seed)
-        frames, side = patch_size[0], 4 * patch_size[1]
-        still = [self._images.crop(rng, 1, side) for _ in range(count // 16)]
-        moving = [self._clips.crop(rng, frames, side) for _ in range(count // 16)]
-        stills = torch.cat([patchify(uint8_to_float(torch.from_numpy(p)), (1, *patch_size[1:])) for p in still])
-        return stills, torch.cat([patchify(uint8_to_float(torch.from_numpy(p)), patch_size) for p in moving])
+        side = 4 * patch_size[1]
+
+        def sample(source: _Weighted, frames: int) -> Tensor:
+            pixels = (torch.from_numpy(source.crop(rng, frames, side)) for _ in range(count // 16))
+            return torch.stack([patchify(uint8_to_float(p), (frames, *patch_size[1:])) for p in pixels])
+
+        return sample(self._images, 1), sample(self._clips, patch_size[0])
 
 
 class _Weighted:

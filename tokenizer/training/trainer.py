@@ -48,8 +48,8 @@ class Trainer:
         self.device = device
         self.network = network.to(device)
         self.objective = Objective(config.loss, perceptual.to(device) if perceptual is not None else None)
-        self.store = TrainingStore(config.data, config.batch.kinds)
-        held_out = TrainingStore(config.data, config.batch.kinds, validation=True)
+        self.store = TrainingStore(config.data, config.batch)
+        held_out = TrainingStore(config.data, config.batch, validation=True)
         patch = network.config.patch_size
         self.validation = [held_out.batch(config.batch, patch, (config.seed, _VALIDATION_STREAM, i)) for i in range(4)]
         self.optimizers = make_optimizers(self.network, config.optimizer)
@@ -67,7 +67,9 @@ class Trainer:
             InputError: too many steps with a loss or gradient that is not finite; the state before them is on disk.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        step = load_state(self.folder, self.network, self.average, self.optimizers, self.generator, self.settings)
+        step = load_state(
+            self.folder, self.network, self.average.network, self.optimizers, self.generator, self.settings
+        )
         if step == 0:
             self._log({"step": 0, **self._validate()})
         with self._progress() as bar:
@@ -96,7 +98,7 @@ class Trainer:
         set_rates(self.optimizers, factor)
         with self._autocast():
             loss, terms = self.objective(self.network, _to(batch, self.device), step, self.generator)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.max_grad_norm)
         if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
             for optimizer in self.optimizers:
@@ -133,7 +135,9 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _save(self, step: int) -> None:
-        save_state(self.folder, step, self.network, self.average, self.optimizers, self.generator, self.settings)
+        save_state(
+            self.folder, step, self.network, self.average.network, self.optimizers, self.generator, self.settings
+        )
 
     def _log(self, record: dict[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:

@@ -1,0 +1,1 @@
+"""What is measured, never asserted in tests. `results/` keeps what was measured, where, on what."""

@@ -1,0 +1,58 @@
+"""What a measurement was made on, and the matrix-product rate it is compared with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, processor, threads and versions, for the head of a results file."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The fastest of `repeats` timed calls after one that is not timed; waits for the device."""
+    call()
+    best = float("inf")
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int, size: int | None = None) -> float:
+    """FLOP/s of the product of two square matrices, 2048 wide on a CPU and 8192 on a GPU."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / seconds(lambda: a @ b, device, repeats)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - not a file of ours
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
