@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork, Encoding
 from tokenizer.model.context import ContextPlanner, Tiling
+from tokenizer.model.posterior import Posterior
 from tokenizer.model.transformer import BlockCache
 from tokenizer.patches import Fit, VisualSize, tokens_to_pixels, video_to_tokens
 from tokenizer.sparse import SparseTokens
@@ -42,7 +43,7 @@ def encode_stream(network: ATokenNetwork, frames: Iterable[Tensor], fit: Fit = "
         A tile for every `tile_frames` frames and one for what remains.
 
     Raises:
-        InputError: no frames at all, or a block of another size.
+        InputError: no frames at all, blocks of another shape or size, or values outside [-1, 1].
     """
     patch, tile = network.config.patch_size, network.config.tile_frames
     step = 0
@@ -50,11 +51,9 @@ def encode_stream(network: ATokenNetwork, frames: Iterable[Tensor], fit: Fit = "
         if fit == "crop" and step and len(block) < patch[0]:
             return  # the released call drops these frames; at the very start it would pad them instead
         tokens, size = video_to_tokens(block, patch, fit)
-        positions = tokens.positions.clone()
-        positions[:, 0] += step
-        tokens = SparseTokens(tokens.features, positions, tokens.lengths).to(network.device)
         with torch.no_grad():
-            yield EncodedTile(network.encode(tokens), size.frames)
+            encoding = network.encode(tokens.to(network.device))
+        yield EncodedTile(_later(encoding, step), size.frames)
         step += tile // patch[0]
     if step == 0:
         raise InputError("the video has no frames")
@@ -74,7 +73,7 @@ def decode_stream(
         Frames [T, H, W, 3], floats, not clamped, T up to the stride; `size.frames` in all.
 
     Raises:
-        InputError: chunks out of order, too few tokens for `size`, or an illegal tiling.
+        InputError: chunks out of order, tokens that are bad, too few or too many for `size`, or an illegal tiling.
     """
     config = network.config
     tiling = tiling or Tiling(stride=config.tile_frames)
@@ -82,9 +81,7 @@ def decode_stream(
     decoder = _TileDecoder(network, context)
     left = size.frames
     for number, tile in enumerate(_regroup(chunks, stride)):
-        local = tile.positions.clone()
-        local[:, 0] -= number * stride
-        part = SparseTokens(tile.features, local, tile.lengths)
+        part = _shifted(tile, -number * stride).validate()
         frames = min(left, stride * config.patch_size[0])
         if frames <= 0:
             raise InputError(f"there are tokens beyond the {size.frames} frames of the video; is its size right?")
@@ -117,10 +114,14 @@ def _tiles(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Regroup blocks and single frames into blocks of `size` frames; the last may be shorter."""
     held: list[Tensor] = []
     count = 0
+    shape: torch.Size | None = None
     for piece in frames:
         block = piece[None] if piece.ndim == 3 else piece
-        if held and block.shape[1:] != held[0].shape[1:]:
-            raise InputError(f"frames change size from {tuple(held[0].shape[1:3])} to {tuple(block.shape[1:3])}")
+        if block.ndim != 4 or block.shape[3] != 3:
+            raise InputError(f"frames must be [H, W, 3] or blocks [T, H, W, 3], got {tuple(piece.shape)}")
+        shape = shape or block.shape[1:3]
+        if block.shape[1:3] != shape:
+            raise InputError(f"frames change size from {tuple(shape)} to {tuple(block.shape[1:3])}")
         while len(block):
             part, block = block[: size - count], block[size - count :]
             held.append(part)
@@ -133,35 +134,50 @@ def _tiles(frames: Iterable[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def _regroup(chunks: Iterable[SparseTokens], steps: int) -> Iterator[SparseTokens]:
-    """Regroup chunks into tiles of `steps` latent time steps, t kept; nothing is held beyond one tile and a chunk."""
+    """Regroup chunks into tiles of `steps` latent time steps, t kept; nothing is held beyond one tile and a chunk.
+
+    Raises:
+        InputError: a chunk that belongs to a tile already given, or a tile without any token.
+    """
     held: list[SparseTokens] = []
     tile = 0
     for chunk in chunks:
         while chunk.num_tokens:
-            number = chunk.host_positions[:, 0].long() // steps
-            if int(number.min()) < tile:
-                raise InputError(
-                    f"tokens of latent step {int(chunk.host_positions[:, 0].min())} come too late in the stream"
-                )
-            mine = number == tile
-            rows = torch.nonzero(mine).flatten()
-            if len(rows):
-                held.append(_take(chunk, rows))
+            time = chunk.host_positions[:, 0].long()
+            if int(time.min()) < tile * steps:
+                raise InputError(f"tokens of latent step {int(time.min())} come too late in the stream")
+            mine = time < (tile + 1) * steps
+            if bool(mine.any()):
+                held.append(_take(chunk, mine))
             if bool(mine.all()):
                 break
-            chunk = _take(chunk, torch.nonzero(~mine).flatten())
-            if held:
-                yield _join(held)
+            if not held:
+                raise InputError(f"latent steps {tile * steps} to {int(time.min()) - 1} have no tokens")
+            yield _join(held)
+            chunk = _take(chunk, ~mine)
             held, tile = [], tile + 1
     if held:
         yield _join(held)
 
 
-def _take(tokens: SparseTokens, rows: Tensor) -> SparseTokens:
-    there = rows.to(tokens.device)
-    return SparseTokens(tokens.features[there], tokens.positions[there], [len(rows)])
+def _take(tokens: SparseTokens, chosen: Tensor) -> SparseTokens:
+    rows = torch.nonzero(chosen).flatten().to(tokens.device)
+    return SparseTokens(tokens.features[rows], tokens.positions[rows], [len(rows)])
 
 
 def _join(parts: list[SparseTokens]) -> SparseTokens:
     features = torch.cat([part.features for part in parts])
     return SparseTokens(features, torch.cat([part.positions for part in parts]), [len(features)])
+
+
+def _shifted(tokens: SparseTokens, steps: int) -> SparseTokens:
+    """The same tokens `steps` later. Streams may go on for longer than a batch can count (`MAX_POSITION`)."""
+    positions = tokens.positions.clone()
+    positions[:, 0] += steps
+    return SparseTokens(tokens.features, positions, tokens.lengths)
+
+
+def _later(encoding: Encoding, steps: int) -> Encoding:
+    features = _shifted(encoding.features, steps)
+    parameters = features.with_features(encoding.posterior.parameters.features)
+    return Encoding(features, encoding.pooled, Posterior(parameters), encoding.quantizer)

@@ -11,8 +11,9 @@ its kind, frames, height, width and frame rate.
 from __future__ import annotations
 
 import json
-import os
+import math
 import struct
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,10 @@ from tokenizer.sparse import SparseTokens
 
 SUFFIX = ".atok"
 VERSION = 1
+MAX_STORED_POSITION = 2**15 - 1
+"""Streams count t beyond what a batch may hold (`tokenizer.sparse`), up to what 16 bits can."""
 _DTYPE_NAMES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -45,12 +49,21 @@ class Origin:
     """Where tokens come from: the model's name, the fingerprint of its latent space, and each item's size.
 
     frame_rates: frames a second of each item; 0 for stills.
+
+    Raises:
+        InputError: not one frame rate for each size, or one that is negative or not finite.
     """
 
     model: str
     fingerprint: str
     sizes: tuple[VisualSize, ...]
     frame_rates: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.frame_rates) != len(self.sizes):
+            raise InputError(f"{len(self.frame_rates)} frame rates for {len(self.sizes)} visuals; give one for each")
+        if not all(math.isfinite(rate) and rate >= 0 for rate in self.frame_rates):
+            raise InputError(f"frame rates must be finite and not negative, got {list(self.frame_rates)}")
 
     def to_json(self) -> str:
         items = [
@@ -63,16 +76,29 @@ class Origin:
     def from_json(cls, text: str, where: str) -> Origin:
         try:
             values = json.loads(text)
-            if values["version"] != VERSION:
-                raise InputError(f"{where}: .atok version {values['version']}, this program reads version {VERSION}")
-            return cls(
-                model=str(values["model"]),
-                fingerprint=str(values["fingerprint"]),
-                sizes=tuple(VisualSize(i["kind"], i["frames"], i["height"], i["width"]) for i in values["items"]),
-                frame_rates=tuple(float(i["frame_rate"]) for i in values["items"]),
-            )
-        except (KeyError, TypeError, json.JSONDecodeError):
+            version = values["version"]
+            if version == VERSION:
+                return cls._parse(values)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
             raise InputError(f"{where}: its metadata is damaged; encode the visual again") from None
+        raise InputError(f"{where}: .atok version {version!r}, this program reads version {VERSION}")
+
+    @classmethod
+    def _parse(cls, values: dict[str, Any]) -> Origin:
+        items = [cls._parse_item(item) for item in values["items"]]
+        return cls(
+            model=" ".join(values["model"].split()),
+            fingerprint=" ".join(values["fingerprint"].split()),
+            sizes=tuple(size for size, _ in items),
+            frame_rates=tuple(rate for _, rate in items),
+        )
+
+    @staticmethod
+    def _parse_item(item: dict[str, Any]) -> tuple[VisualSize, float]:
+        measures = [item["frames"], item["height"], item["width"]]
+        if not all(type(measure) is int for measure in measures):
+            raise TypeError(f"measures must be whole numbers, got {measures}")
+        return VisualSize(item["kind"], *measures), float(item["frame_rate"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +126,7 @@ class TokenFile:
             InputError: missing, truncated or foreign file, or contents that contradict each other.
         """
         reader = TokenReader(path)
-        tokens = reader.rows(0, reader.num_tokens)
-        return cls(SparseTokens(tokens[0], tokens[1], reader.lengths), reader.origin)
+        return cls(reader.tokens(0, reader.lengths.tolist()), reader.origin)
 
     def check_made_by(self, name: str, fingerprint: str) -> None:
         """Raise `InputError` unless the model with this fingerprint can decode the tokens."""
@@ -131,11 +156,12 @@ class TokenWriter:
         self.num_tokens = 0
         self._dtype: torch.dtype | None = None
         self._channels = 0
+        self._largest = 0
         self._parts: list[IO[bytes]] = []
 
     def __enter__(self) -> TokenWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part_paths = [self.path.with_name(f".{self.path.name}.{os.getpid()}.{i}.part") for i in range(2)]
+        self._part_paths = [self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.part") for _ in range(2)]
         self._parts = [part.open("w+b") for part in self._part_paths]
         return self
 
@@ -152,42 +178,46 @@ class TokenWriter:
                 path.unlink(missing_ok=True)
 
     def append(self, tokens: SparseTokens) -> None:
-        """Add the rows of `tokens`; their lengths do not matter until `finish`."""
-        features = _compact(tokens.features)
+        """Add the rows of `tokens`; their lengths do not matter until `finish`.
+
+        Raises:
+            InputError: chunks that differ in type or channels, or positions that 16 bits cannot hold.
+        """
+        features, positions = tokens.features.detach().cpu(), tokens.host_positions
+        if not features.is_floating_point():
+            features = features.to(torch.int32)
+            self._largest = max([self._largest, *features.amax(dim=0).tolist()] if len(features) else [self._largest])
         if self._dtype is None:
             self._dtype, self._channels = features.dtype, features.shape[1]
-        elif (features.dtype, features.shape[1]) != (self._dtype, self._channels):
-            raise InputError(f"{self.path}: chunks differ in type or channels")
+        if (features.dtype, features.shape[1]) != (self._dtype, self._channels) or self._dtype not in _DTYPE_NAMES:
+            raise InputError(f"{self.path}: chunks differ in type or channels, or are {features.dtype}")
+        if len(positions) and not (int(positions.min()) >= 0 and int(positions.max()) <= MAX_STORED_POSITION):
+            raise InputError(f"{self.path}: positions must lie in 0..{MAX_STORED_POSITION} to fit a token file")
         self._parts[0].write(_raw(features))
-        self._parts[1].write(_raw(tokens.host_positions.to(torch.int16)))
+        self._parts[1].write(_raw(positions.to(torch.int16)))
         self.num_tokens += tokens.num_tokens
 
     def finish(self, origin: Origin, lengths: Tensor | Sequence[int]) -> None:
         """Write the file. `lengths` are the tokens of each item, summing to the rows appended."""
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        if int(lengths.sum()) != self.num_tokens or len(lengths) != len(origin.sizes) or self._dtype is None:
+        if self._dtype is None or int(lengths.sum()) != self.num_tokens or len(lengths) != len(origin.sizes):
             raise InputError(f"{self.path}: lengths {lengths.tolist()} do not fit {self.num_tokens} tokens")
-        tensors: list[tuple[str, str, list[int], int]] = []
-        name = "features" if self._dtype.is_floating_point else "indices"
+        # Only now is it known whether all indices fit 16 bits.
+        narrow = not self._dtype.is_floating_point and self._largest < 2**15
+        kept = torch.int16 if narrow else self._dtype
         shape = [self.num_tokens, self._channels]
-        tensors.append(
-            (name, _DTYPE_NAMES[self._dtype], shape, self.num_tokens * self._channels * self._dtype.itemsize)
-        )
-        tensors.append(("positions", "I16", [self.num_tokens, 4], self.num_tokens * 8))
-        tensors.append(("lengths", "I64", [len(lengths)], len(lengths) * 8))
-        header: dict[str, Any] = {"__metadata__": {"atoken": origin.to_json()}}
-        offset = 0
-        for tensor, dtype, size, count in tensors:
-            header[tensor] = {"dtype": dtype, "shape": size, "data_offsets": [offset, offset + count]}
-            offset += count
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        tensors = [
+            ("features" if kept.is_floating_point else "indices", kept, shape),
+            ("positions", torch.int16, [self.num_tokens, 4]),
+            ("lengths", torch.int64, [len(lengths)]),
+        ]
         with atomic_path(self.path) as temporary, temporary.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for part in self._parts:
+            out.write(_header(origin, tensors))
+            for part, stored, written in zip(self._parts, (self._dtype, torch.int16), (kept, torch.int16), strict=True):
                 part.seek(0)
                 while block := part.read(1 << 22):
-                    out.write(block)
+                    same = stored == written
+                    out.write(block if same else _raw(torch.frombuffer(bytearray(block), dtype=stored).to(written)))
             out.write(_raw(lengths))
 
 
@@ -202,8 +232,9 @@ class TokenReader:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file")
+        opener: Any = safe_open  # safetensors ships no types for what it returns
         try:
-            self._file = safe_open(str(self.path), framework="pt")  # type: ignore[no-untyped-call]
+            self._file = opener(str(self.path), framework="pt")
             metadata = self._file.metadata() or {}
             names = set(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
@@ -213,19 +244,40 @@ class TokenReader:
             raise InputError(f"{self.path}: a safetensors file, but not one of tokens; make one with 'atoken encode'")
         self.origin = Origin.from_json(metadata["atoken"], str(self.path))
         self.discrete = "indices" in names
-        self.lengths: Tensor = self._file.get_tensor("lengths")
         self._values = self._file.get_slice("indices" if self.discrete else "features")
         self._positions = self._file.get_slice("positions")
-        shape, places = self._values.get_shape(), self._positions.get_shape()
-        fits = len(shape) == 2 and places == [shape[0], 4] and int(self.lengths.sum()) == shape[0]
-        if not fits or len(self.lengths) != len(self.origin.sizes) or bool((self.lengths < 0).any()):
+        self._check_shapes()
+        self.lengths: Tensor = self._file.get_tensor("lengths")
+        self.num_tokens = int(self._values.get_shape()[0])
+        counts = self.lengths.tolist()
+        if len(counts) != len(self.origin.sizes) or sum(counts) != self.num_tokens or min(counts, default=0) < 1:
             raise InputError(f"{self.path}: its tensors contradict each other; encode the visual again")
-        self.num_tokens = int(shape[0])
+
+    def _check_shapes(self) -> None:
+        lengths = self._file.get_slice("lengths")
+        shape = self._values.get_shape()
+        fits = len(shape) == 2 and self._positions.get_shape() == [shape[0], 4] and len(lengths.get_shape()) == 1
+        kinds = (self._values.get_dtype(), self._positions.get_dtype(), lengths.get_dtype())
+        legal = ({"I16", "I32"} if self.discrete else {"F64", "F32", "F16", "BF16"}, {"I16"}, {"I64"})
+        if not fits or not all(kind in allowed for kind, allowed in zip(kinds, legal, strict=True)):
+            raise InputError(f"{self.path}: its tensors have odd types or shapes; encode the visual again")
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Features or indices (as int32) and positions (int32) of rows start..stop."""
         values: Tensor = self._values[start:stop]
         return values.int() if self.discrete else values, self._positions[start:stop].int()
+
+    def tokens(self, start: int, lengths: list[int]) -> SparseTokens:
+        """Whole items from row `start` on, checked.
+
+        Raises:
+            InputError: a position out of range or twice in an item, or a latent that is not finite.
+        """
+        tokens = SparseTokens(*self.rows(start, start + sum(lengths)), lengths)
+        try:
+            return tokens.validate()
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}; encode the visual again") from None
 
     def items(self) -> Iterator[TokenFile]:
         """One `TokenFile` for each item."""
@@ -234,22 +286,30 @@ class TokenReader:
             origin = Origin(
                 self.origin.model, self.origin.fingerprint, (self.origin.sizes[i],), (self.origin.frame_rates[i],)
             )
-            yield TokenFile(SparseTokens(*self.rows(start, start + length), [length]), origin)
+            yield TokenFile(self.tokens(start, [length]), origin)
             start += length
 
     def chunks(self, rows: int) -> Iterator[SparseTokens]:
-        """Successive blocks of at most `rows` rows, each as one item; for files of a single item."""
+        """Successive blocks of at most `rows` rows, each as one item; for files of a single item.
+
+        Their values are not checked; `tokenizer.streaming.decode_stream` does it tile by tile.
+        """
         for start in range(0, self.num_tokens, rows):
             values, positions = self.rows(start, min(start + rows, self.num_tokens))
             yield SparseTokens(values, positions, [len(values)])
 
 
-def _compact(features: Tensor) -> Tensor:
-    """Indices in the narrowest type of 16 or 32 bits; latents unchanged."""
-    features = features.detach().cpu()
-    if features.is_floating_point():
-        return features
-    return features.to(torch.int16 if not features.numel() or int(features.max()) < 2**15 else torch.int32)
+def _header(origin: Origin, tensors: Sequence[tuple[str, torch.dtype, list[int]]]) -> bytes:
+    """What a safetensors file starts with: names, types, shapes and places of the tensors that follow."""
+    header: dict[str, Any] = {"__metadata__": {"atoken": origin.to_json()}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _raw(tensor: Tensor) -> bytes:
