@@ -64,7 +64,8 @@ def measure(network: ATokenNetwork, case: Case, repeats: int) -> list[dict[str, 
     """Encode and decode one case; one record each."""
     config, device, dtype = network.config, network.device, network.dtype
     lengths = [rows * columns for rows, columns in case.grids]
-    assert network.decoder is not None and config.decoder is not None
+    assert network.decoder is not None
+    assert config.decoder is not None
     # Query, output and MLP of the pool run once an item, not once a token; they are left out of the count.
     once = sum(p.numel() for p in network.encoder.pool.parameters()) - network.encoder.pool.key_value.weight.numel()
     jobs = {

@@ -1,8 +1,8 @@
 """A piecewise linear code beside the transformers, for small models (released ones have none).
 
 A small transformer with normalised tokens learns slowly to pass pixel magnitudes through. Here a set of linear codes
-does that from the first step: each patch is coded by the one that fits it best, a few latent channels say which, and the
-transformers add what is better than any linear code. `tokenizer.training.initialise` fits the codes to data.
+does that from the first step: each patch is coded by the one that fits it best, a few latent channels say which, and
+the transformers add what is better than any linear code. `tokenizer.training.initialise` fits the codes to data.
 
 K codes, c = C - d latent channels carry the coefficients, d channels carry the number of the code in base 4.
 """
@@ -49,8 +49,8 @@ class LinearCodes(nn.Module):
 class PiecewiseLinearCode(nn.Module):
     """Codes for single frames and codes for clips, numbered one after the other.
 
-    A token whose later frames are exactly zero carries a single frame (FORMAT 2: stills; FORMAT 11: voxels) and is coded
-    by a code of single frames, which says nothing about the later ones.
+    A token whose later frames are exactly zero carries a single frame (FORMAT 2: stills; FORMAT 11: voxels) and is
+    coded by a code of single frames, which says nothing about the later ones.
 
     Args:
         frame_features: features of the first frame of a patch.

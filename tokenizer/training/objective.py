@@ -1,8 +1,9 @@
 """The reconstruction objective: L1, squared error, PSNR, LPIPS and KL, summed over a mixed batch of stills and clips.
 
-Reconstruction terms are averaged over the pixels that exist (the three zero frames behind a still do not count); stills
-and clips weigh equally. The PSNR term is the mean over items of the PSNR itself: every item counts by its relative error, so
-smooth pictures are not drowned by rough ones. The KL term is averaged over tokens and channels are summed (FORMAT 7).
+Reconstruction terms are averaged over the pixels that exist (the three zero frames behind a still do not count);
+stills and clips weigh equally. The PSNR term is the mean over items of the PSNR itself: every item counts by its
+relative error, so smooth pictures are not drowned by rough ones. The KL term is averaged over tokens and channels are
+summed (FORMAT 7).
 """
 
 from __future__ import annotations
