@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenizer.errors import InputError
     from tokenizer.api import AToken
+    from tokenizer.errors import InputError
     from tokenizer.model.config import ATokenConfig
     from tokenizer.sparse import SparseTokens
     from tokenizer.tokenfile import TokenFile

@@ -78,7 +78,12 @@ class ATokenNetwork(nn.Module):
         self.decoder = Decoder(config.decoder, latent, patch) if config.decoder is not None else None
         self.skip = (
             PiecewiseLinearCode(
-                patch // config.patch_size[0], patch, latent, config.skip.still_codes, config.skip.clip_codes
+                patch // config.patch_size[0],
+                patch,
+                latent,
+                config.skip.still_codes,
+                config.skip.clip_codes,
+                in_digits=config.quantizer is not None,
             )
             if config.skip is not None
             else None

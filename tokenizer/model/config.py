@@ -105,6 +105,11 @@ class ATokenConfig:
                 f"tile_frames must be a positive multiple of the {self.patch_size[0]} frames of a patch, "
                 f"got {self.tile_frames}"
             )
+        if self.skip is not None and self.quantizer is not None and self.quantizer.codebook_size != 4096:
+            raise InputError(
+                "linear codes beside a quantiser need FSQ with 4 levels, so codebook_size 4096, "
+                f"got {self.quantizer.codebook_size}"
+            )
 
     @property
     def patch_features(self) -> int:

@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tokenizer.model.digits import LEVEL_VALUES, code_in_digits
+from tokenizer.model.precision import at_least_float32
+
 BASE = 4
 """Levels of a channel that carries a digit; FSQ with 4 levels keeps them apart exactly."""
 
@@ -31,19 +34,32 @@ class LinearCodes(nn.Module):
         self.mean = nn.Parameter(torch.zeros(codes, features))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, F] -> coefficients [N, c] and number [N] int64 of the code with the least squared error."""
-        codes, channels, features = self.encoder.shape
-        offset = (self.encoder * self.mean[:, None]).sum(dim=-1)
-        every = (x @ self.encoder.reshape(-1, features).T).unflatten(1, (codes, channels)) - offset
-        with torch.no_grad():
-            # |x - m - D^T z|^2 expanded, so that no reconstruction [N, K, F] is ever built.
-            projected = (x @ self.decoder.reshape(-1, features).T).unflatten(1, (codes, channels))
-            projected = projected - (self.decoder * self.mean[:, None]).sum(dim=-1)
-            gram = self.decoder @ self.decoder.transpose(1, 2)
-            quadratic = (torch.einsum("nkc,kcd->nkd", every, gram) * every).sum(dim=-1)
-            distance = self.mean.square().sum(dim=-1) - 2 * x @ self.mean.T
-            best = (distance - 2 * (every * projected).sum(dim=-1) + quadratic).argmin(dim=1)
-        return every.gather(1, best[:, None, None].expand(-1, 1, channels))[:, 0], best
+        """x [N, F] -> coefficients [N, c] and number [N] int64 of the code with the least squared error.
+
+        In float32 at least: errors of two codes often differ by less than half precision can say, and wrong choices
+        cost 0.2 dB.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x, encoder, mean = at_least_float32(x), at_least_float32(self.encoder), at_least_float32(self.mean)
+            every = _project(x, encoder, mean)
+            with torch.no_grad():
+                # |x - m - D^T z|^2 expanded, so that no reconstruction [N, K, F] is ever built.
+                decoder = at_least_float32(self.decoder)
+                projected = _project(x, decoder, mean)
+                gram = decoder @ decoder.transpose(1, 2)
+                quadratic = (torch.einsum("nkc,kcd->nkd", every, gram) * every).sum(dim=-1)
+                distance = mean.square().sum(dim=-1) - 2 * x @ mean.T
+                best = (distance - 2 * (every * projected).sum(dim=-1) + quadratic).argmin(dim=1)
+            chosen = every.gather(1, best[:, None, None].expand(-1, 1, every.shape[2]))[:, 0]
+        return chosen.to(self.encoder.dtype), best
+
+
+def _project(x: Tensor, rows: Tensor, mean: Tensor) -> Tensor:
+    """R_k (x - m_k) for x [N, F], rows R [K, c, F] and means m [K, F] -> [N, K, c]."""
+    codes, channels, features = rows.shape
+    product = (x @ rows.reshape(-1, features).T).unflatten(1, (codes, channels))
+    projection: Tensor = product - (rows * mean[:, None]).sum(dim=-1)
+    return projection
 
 
 class PiecewiseLinearCode(nn.Module):
@@ -57,15 +73,24 @@ class PiecewiseLinearCode(nn.Module):
         patch_features: features of a whole patch.
         latent_channels: C.
         still_codes / clip_codes: how many codes of each sort.
+        in_digits: write coefficients as digits for FSQ of 4 levels (`tokenizer.model.digits`), not as numbers.
     """
 
     write_levels: Tensor
     read_levels: Tensor
 
     def __init__(
-        self, frame_features: int, patch_features: int, latent_channels: int, still_codes: int, clip_codes: int
+        self,
+        frame_features: int,
+        patch_features: int,
+        latent_channels: int,
+        still_codes: int,
+        clip_codes: int,
+        *,
+        in_digits: bool = False,
     ) -> None:
         super().__init__()
+        self.in_digits = in_digits
         self.frame_features = frame_features
         self.total = still_codes + clip_codes
         self.digits = max(1, math.ceil(math.log(self.total, BASE) - 1e-9))
@@ -74,7 +99,7 @@ class PiecewiseLinearCode(nn.Module):
         self.clips = LinearCodes(clip_codes, channels, patch_features)
         self.logvar = nn.Parameter(torch.zeros(latent_channels))
         self.register_buffer("write_levels", torch.tensor(LEVELS))
-        self.register_buffer("read_levels", torch.tensor(LEVELS))
+        self.register_buffer("read_levels", torch.tensor(LEVEL_VALUES if in_digits else LEVELS))
 
     def add_to_parameters(self, parameters: Tensor, patches: Tensor) -> Tensor:
         """Add the code of patches [N, P] to the encoder's posterior parameters [N, 2C].
@@ -82,8 +107,8 @@ class PiecewiseLinearCode(nn.Module):
         Digit channels belong to the code alone: whatever the encoder says there is replaced.
         """
         still = (patches[:, self.frame_features :] == 0).all(dim=1)
-        still_code, still_number = self.stills(patches[:, : self.frame_features])
-        clip_code, clip_number = self.clips(patches)
+        still_code, still_number = self._code(self.stills, patches[:, : self.frame_features])
+        clip_code, clip_number = self._code(self.clips, patches)
         number = torch.where(still, still_number, clip_number + len(self.stills.mean))
         digits = torch.stack([number // BASE**i % BASE for i in range(self.digits)], dim=1)
         mean, logvar = parameters.chunk(2, dim=1)
@@ -109,6 +134,15 @@ class PiecewiseLinearCode(nn.Module):
             self._reconstruct(self.stills, chosen[:, :stills], slots[:, :stills]),
             (0, self.clips.mean.shape[1] - self.frame_features),
         )
+
+    def _code(self, codes: LinearCodes, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [N, c] of the best of `codes` for each row, and its number [N]."""
+        if not self.in_digits:
+            return codes(x)  # type: ignore[no-any-return]
+        with torch.autocast(x.device.type, enabled=False):
+            full = (at_least_float32(part) for part in (x, codes.decoder, codes.mean))
+            digits, number = code_in_digits(*full)
+        return self.write_levels.to(codes.decoder.dtype)[digits], number
 
     @staticmethod
     def _reconstruct(codes: LinearCodes, chosen: Tensor, slots: Tensor) -> Tensor:

@@ -101,5 +101,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
+        for name in ("code_patches", "code_iterations", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"seed must not be negative, got {self.seed}")
         if self.batch.images < 0 or self.batch.clips < 0 or self.batch.images + self.batch.clips == 0:
             raise InputError("batch.images and batch.clips must not be negative, and not both zero")

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
-from tokenizer.model.piecewise import LinearCodes
+from tokenizer.model.digits import LEVEL_VALUES, MIDDLE
+from tokenizer.model.piecewise import BASE, LinearCodes
 from tokenizer.training.linear_codes import FittedCodes, fit_codes, principal_components
 
 INITIAL_LOGVAR = -8.0
 """Noise 35 dB below unit-variance latents: enough to train through, too little to see."""
 
-FSQ_VALUES = (-1.0, -0.5, 0.0, 0.5)
-"""What FSQ with 4 levels makes of the digits 0..3 (FORMAT 8)."""
+_ERROR = (1.0, 0.1188, 0.01154, 0.00104, 0.0000919)
+"""Squared error of the best uniform quantiser of a unit Gaussian with 1, 4, 16, 64 and 256 levels (Max 1960)."""
+
+_REACH = (0.0, 1.991, 2.681, 3.331, 3.935)
+"""Half the width of that quantiser's range: levels times half its step."""
 
 
 @torch.no_grad()
@@ -50,7 +54,7 @@ def start_from_linear_codes(
     clips = clips.flatten(0, 1)
     centred = clips - clips.mean(dim=0)
     components = principal_components(centred, max(network.config.encoder.width, decoder.transformer.config.width))
-    spread = (centred @ components).square().mean(dim=0).sqrt()
+    spread = (centred @ components).square().mean(dim=0).sqrt().clamp_min(1e-4)
     network.encoder.transformer.embed.weight.copy_((components / spread).T[: network.config.encoder.width])
     decoder.to_patches.weight.copy_((components * spread)[:, : decoder.transformer.config.width])
     # Nothing is said until the norm in front of the last layer opens, channel by channel.
@@ -69,7 +73,7 @@ def _set_codes(codes: LinearCodes, fitted: FittedCodes) -> None:
 def start_from_model(network: ATokenNetwork, source: str) -> None:
     """Copy the parameters of an earlier model of the same shapes.
 
-    If `network` quantises and the earlier model did not, its linear code learns to read digits as FSQ writes them.
+    If `network` quantises and the earlier model did not, its linear codes write their coefficients as digits.
 
     Raises:
         InputError: the model cannot be read or has other shapes.
@@ -84,4 +88,55 @@ def start_from_model(network: ATokenNetwork, source: str) -> None:
         raise InputError(f"{source}: does not have the shapes of this run's model ({keys})")
     network.load_state_dict(found)
     if network.skip is not None and network.quantizer is not None and earlier.quantizer is None:
-        network.skip.read_levels.copy_(torch.tensor(FSQ_VALUES))
+        _write_in_digits(network)
+
+
+@torch.no_grad()
+def _write_in_digits(network: ATokenNetwork) -> None:
+    """Turn coefficients into digits (`tokenizer.model.digits`): bits go where they lower the error most.
+
+    All codes share one allocation, so a channel means the same in each, and the decoder's transformer goes on reading
+    coefficients as sums of their digits. The encoder starts silent: its corrections were of coefficients.
+    """
+    skip, decoder = network.skip, network.decoder
+    assert skip is not None
+    assert decoder is not None
+    spreads = torch.cat([codes.decoder.norm(dim=-1) for codes in (skip.stills, skip.clips)])
+    coefficient, place, reach = _allocate_digits(spreads.log().mean(dim=0).exp())
+    weight = reach / BASE**place  # in units of the coefficient's spread
+    for codes in (skip.stills, skip.clips):
+        vectors = codes.decoder[:, coefficient] * weight[:, None]
+        codes.mean.sub_(MIDDLE * vectors.sum(dim=1))  # the middle of every range is where the coefficient is zero
+        codes.decoder.copy_(vectors)
+        codes.encoder.zero_()  # digits are found with the decoding vectors
+    skip.read_levels.copy_(torch.tensor(LEVEL_VALUES))
+    embed = decoder.transformer.embed.weight
+    embed[:, skip.digits :] = embed[:, skip.digits :][:, coefficient] * weight
+    torch.nn.init.zeros_(network.encoder.to_posterior.weight)
+
+
+def _allocate_digits(spreads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Spend as many base-4 digits as there are coefficients, each where the expected squared error falls most.
+
+    Args:
+        spreads: [c] standard deviations of the coefficients.
+
+    Returns:
+        For each channel, strongest first: the coefficient it belongs to [c] int64, its place [c] (0 for the first
+        digit), and the reach of the coefficient's range in standard deviations [c].
+    """
+    digits = [0] * len(spreads)
+    error = spreads.square().clone()
+    for _ in range(len(spreads)):
+        best = int(error.argmax())
+        digits[best] += 1
+        error[best] = spreads[best].square() * _ERROR[min(digits[best], len(_ERROR) - 1)]
+    channels = [
+        (float(spreads[i]) * _REACH[min(digits[i], len(_REACH) - 1)] / BASE**place, i, place)
+        for i in range(len(spreads))
+        for place in range(digits[i])
+    ]
+    channels.sort(reverse=True)
+    coefficient = torch.tensor([i for _, i, _ in channels])
+    reach = torch.tensor([_REACH[min(digits[i], len(_REACH) - 1)] for _, i, _ in channels])
+    return coefficient, torch.tensor([float(place) for _, _, place in channels]), reach

@@ -56,7 +56,8 @@ def fit_codes(patches: Tensor, codes: int, channels: int, iterations: int, gener
         # Principal axes inside the subspace: uncorrelated channels, strongest first.
         _, axes = torch.linalg.eigh(coefficients.T @ coefficients)
         bases[k] = bases[k] @ axes.flip(1)
-        spreads.append((coefficients @ axes.flip(1)).square().mean(dim=0).sqrt().clamp_min(1e-3))
+        power = (coefficients @ axes.flip(1)).square().sum(dim=0) / max(1, len(coefficients))  # a code may own nothing
+        spreads.append(power.sqrt().clamp_min(1e-3))
     error = float(errors.min(dim=1).values.mean()) / patches.shape[1]
     return FittedCodes(torch.stack(means), torch.stack(bases).transpose(1, 2), torch.stack(spreads), error)
 
@@ -68,9 +69,10 @@ def _relative_weights(patches: Tensor, channels: int, generator: torch.Generator
     basis, one = _start(flat.shape[1], channels, generator), torch.ones(len(flat))
     for _ in range(8):
         basis = _refine(centred, one, basis)
-    error = _error(centred, basis).view(patches.shape[:2]).mean(dim=1)
-    weights = 1 / (error + 0.2 * error.median())
-    return (weights / weights.mean()).repeat_interleave(patches.shape[1])
+    error = _error(centred, basis).clamp_min(0).view(patches.shape[:2]).mean(dim=1)
+    weights = 1 / (error + 0.2 * error.median() + 1e-6)  # a store of flat pictures has no error at all
+    relative: Tensor = (weights / weights.mean()).repeat_interleave(patches.shape[1])
+    return relative
 
 
 def _start(features: int, channels: int, generator: torch.Generator) -> Tensor:
@@ -78,7 +80,8 @@ def _start(features: int, channels: int, generator: torch.Generator) -> Tensor:
 
 
 def _mean(patches: Tensor, weights: Tensor) -> Tensor:
-    return weights @ patches / weights.sum()
+    mean: Tensor = weights @ patches / weights.sum()
+    return mean
 
 
 def principal_components(centred: Tensor, count: int) -> Tensor:

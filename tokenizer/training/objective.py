@@ -34,11 +34,14 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss, and every term unweighted.
 
-        Latents are sampled from the posterior, or quantised by a discrete network.
+        Latents are sampled from the posterior, or quantised by a discrete network. If they are not finite, the loss is
+        not either, and there are no terms.
         """
         config = self.config
         encoding = network.encode(batch.patches)
         latents = encoding.latents if network.quantizer is not None else encoding.posterior.sample(generator)
+        if not bool(torch.isfinite(latents.features).all()):
+            return latents.features.sum(), {}
         decoded = network.decode(latents).features.float()
 
         frame = network.config.patch_features // network.config.patch_size[0]

@@ -10,6 +10,7 @@ from torch import nn
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
+from tokenizer.tensorio import write_pt
 
 STATE_FILE = "state.pt"
 
@@ -24,18 +25,16 @@ def save_state(
     settings: dict[str, Any],
 ) -> None:
     """Write everything a run needs to go on after `step` steps, replacing the state before it."""
+    state = {
+        "step": step,
+        "network": network.state_dict(),
+        "average": average.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "generator": generator.get_state(),
+        "settings": settings,
+    }
     with atomic_path(folder / STATE_FILE) as path:
-        torch.save(
-            {
-                "step": step,
-                "network": network.state_dict(),
-                "average": average.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "generator": generator.get_state(),
-                "settings": settings,
-            },
-            path,
-        )
+        write_pt(state, path)
 
 
 def load_state(
@@ -52,12 +51,16 @@ def load_state(
         The number of steps done, 0 without a state.
 
     Raises:
-        InputError: the state belongs to a run with other settings (the number of steps and intervals may change).
+        InputError: the state cannot be read, or belongs to a run with other settings (the number of steps, intervals
+            and folders may change).
     """
     path = folder / STATE_FILE
     if not path.is_file():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no common error type for damaged files
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}); remove it to start anew") from None
     changed = [key for key, value in settings.items() if state["settings"].get(key) != value and key not in _MAY_CHANGE]
     if changed:
         raise InputError(

@@ -48,17 +48,25 @@ class TrainingStore:
             raise InputError(
                 f"{self.folder}: no training store here; make one with: python -m data.sources.nano --out {folder}"
             )
-        entries = read_mapping(manifest)["arrays"]
         kinds = config.kinds
-        chosen = [e for e in entries if kinds.get(e["kind"], 0) > 0 and _is_validation(e) == validation]
-        pictures = [e for e in chosen if e["path"].startswith("images/")]
-        if config.largest_side is not None:
-            pictures = [e for e in pictures if min(e["size"][:2]) <= config.largest_side]
-        self._images = _Weighted(self.folder, pictures, kinds)
-        self._clips = _Weighted(self.folder, [e for e in chosen if e["path"].startswith("clips/")], kinds)
+        values = read_mapping(manifest)
+        try:
+            chosen = [e for e in values["arrays"] if kinds.get(e["kind"], 0) > 0 and _is_validation(e) == validation]
+            pictures = [e for e in chosen if e["path"].startswith("images/")]
+            clips = [e for e in chosen if e["path"].startswith("clips/")]
+            if config.largest_side is not None:
+                pictures = [e for e in pictures if min(e["size"][:2]) <= config.largest_side]
+            self._images, self._clips = (_Weighted(self.folder, part, kinds) for part in (pictures, clips))
+        except (KeyError, TypeError, ValueError, EOFError) as error:
+            raise InputError(f"{manifest}: damaged ({type(error).__name__}: {error}); make the store again") from None
 
     def batch(self, config: BatchConfig, patch_size: PatchSize, seed: tuple[int, ...]) -> CropBatch:
-        """The batch for `seed`, for example (run seed, step)."""
+        """The batch for `seed`, for example (run seed, step).
+
+        Raises:
+            InputError: crops that are no whole patches, or that the store has no arrays for.
+        """
+        _check_whole(config, patch_size)
         rng = np.random.default_rng(seed)
         image_side, clip_side = int(rng.choice(config.image_sides)), int(rng.choice(config.clip_sides))
         images = [self._images.crop(rng, 1, image_side) for _ in range(config.images)]
@@ -99,6 +107,11 @@ class _Weighted:
 
     def crop(self, rng: np.random.Generator, frames: int, side: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         """A random crop [frames, side, side, 3], mirrored at random; clips may run backwards."""
+        if not self._arrays:
+            raise InputError(
+                f"the store has no {'images' if frames == 1 else 'clips'} of the kinds in batch.kinds, or none in this "
+                f"part: one source file in {VALIDATION_SHARE} is for validation and the others for training"
+            )
         for _ in range(100):
             array = self._arrays[int(rng.choice(len(self._arrays), p=self._weights))]
             array = array[None] if array.ndim == 3 else array
@@ -117,6 +130,14 @@ class _Weighted:
         if rng.random() < 0.5:
             pixels = pixels[::-1]
         return np.ascontiguousarray(pixels)
+
+
+def _check_whole(config: BatchConfig, patch_size: PatchSize) -> None:
+    sides = (*config.image_sides, *config.clip_sides)
+    if not (config.image_sides and config.clip_sides) or any(s < 1 or s % p for s in sides for p in patch_size[1:]):
+        raise InputError(f"batch.image_sides and batch.clip_sides must be multiples of {patch_size[1:]}, got {sides}")
+    if config.clip_frames < 1 or config.clip_frames % patch_size[0]:
+        raise InputError(f"batch.clip_frames must be a multiple of {patch_size[0]}, got {config.clip_frames}")
 
 
 def _tokens(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], patch_size: PatchSize) -> SparseTokens:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tokenizer.atomic import atomic_path
 from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
@@ -70,6 +71,7 @@ class Trainer:
         step = load_state(
             self.folder, self.network, self.average.network, self.optimizers, self.generator, self.settings
         )
+        self._forget_log_after(step)
         if step == 0:
             self._log({"step": 0, **self._validate()})
         with self._progress() as bar:
@@ -77,13 +79,14 @@ class Trainer:
             while step < self.config.steps:
                 record = self._step(step)
                 step += 1
-                if step % self.config.validate_every == 0 or step == self.config.steps:
+                validated = step % self.config.validate_every == 0 or step == self.config.steps
+                if validated:
                     record |= self._validate()
                     shown = {key: value for key, value in record.items() if key.startswith(("psnr", "loss"))}
                     bar.console.print(
                         f"step {step}: " + "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
                     )
-                if step % 10 == 0 or "psnr image" in record:
+                if step % 10 == 0 or validated:
                     self._log({"step": step, **record})
                 bar.update(task, completed=step, note=f"loss {record['loss']:.4f}")
                 if step % self.config.save_every == 0 or step == self.config.steps:
@@ -143,6 +146,15 @@ class Trainer:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def _forget_log_after(self, step: int) -> None:
+        """Drop what a stopped run logged after its last state; those steps come again."""
+        path = self.folder / LOG_FILE
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(line for line in lines if _precedes(line, step)), encoding="utf-8")
+
     def _progress(self) -> Progress:
         columns = (
             TextColumn("{task.description}"),
@@ -151,6 +163,14 @@ class Trainer:
             TextColumn("{task.fields[note]}"),
         )
         return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+
+
+def _precedes(line: str, step: int) -> bool:
+    """Whether a line of the log is whole and belongs to what a state of `step` steps holds."""
+    try:
+        return step > 0 and int(json.loads(line)["step"]) <= step
+    except json.JSONDecodeError:
+        return False
 
 
 def _to(batch: Any, device: torch.device) -> Any:
