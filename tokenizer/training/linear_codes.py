@@ -76,7 +76,8 @@ def _relative_weights(patches: Tensor, channels: int, generator: torch.Generator
 
 
 def _start(features: int, channels: int, generator: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(features, channels, generator=generator)).Q
+    start: Tensor = torch.linalg.qr(torch.randn(features, channels, generator=generator)).Q
+    return start
 
 
 def _mean(patches: Tensor, weights: Tensor) -> Tensor:
