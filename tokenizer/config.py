@@ -16,6 +16,9 @@ from tokenizer.errors import InputError
 
 _Config = TypeVar("_Config")
 
+_NOT_VALID = (yaml.YAMLError, ValueError, RecursionError)
+"""What the parsers raise for texts that are no YAML or JSON: an impossible date is a plain ValueError."""
+
 
 def parse_config(kind: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
     """Build the dataclass `kind` (which may nest others) from a mapping.
@@ -24,7 +27,7 @@ def parse_config(kind: type[_Config], values: Mapping[str, Any], where: str) -> 
         where: the file or source, for messages.
 
     Raises:
-        InputError: unknown or missing keys and values of the wrong type, one line each, all of them.
+        InputError: an unknown key, or all missing keys and values of the wrong type, in one line.
     """
     _refuse_unknown(kind, values, where, "")
     try:
@@ -54,7 +57,10 @@ def load_config(kind: type[_Config], path: Path, overrides: Sequence[str] = ()) 
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise InputError(f"{override}: '{parent}' is a value, not a group of settings")
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except _NOT_VALID:
+            raise InputError(f"'{override}' is not an override; the value is no YAML, try quotes") from None
     return parse_config(kind, values, str(path))
 
 
@@ -65,7 +71,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except _NOT_VALID as error:
         raise InputError(f"{path}: not valid: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold key: value pairs at the top level")

@@ -39,7 +39,7 @@ def start_from_linear_codes(
         iterations: see `fit_codes`.
 
     Returns:
-        PSNR in dB of the starting point on these patches.
+        PSNR in dB of the starting point on these patches, before any quantisation.
     """
     skip, decoder = network.skip, network.decoder
     if skip is None or decoder is None:
@@ -60,6 +60,8 @@ def start_from_linear_codes(
     # Nothing is said until the norm in front of the last layer opens, channel by channel.
     torch.nn.init.zeros_(decoder.transformer.norm.get_parameter("weight"))
     torch.nn.init.zeros_(network.encoder.to_posterior.weight)
+    if network.quantizer is not None:
+        _write_in_digits(network)
     return figures
 
 

@@ -1,0 +1,127 @@
+"""Settings from YAML, JSON and key=value: exact round trips, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tokenizer.config import config_to_dict, load_config, parse_config, read_mapping
+from tokenizer.errors import InputError
+from tokenizer.model.config import CONFIGS, NANO, ATokenConfig, FSQConfig
+from tokenizer.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+RUN = {"model": "nano", "name": "x", "steps": 5}
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: nano\nname: x\nsteps: 5\noptimizer: {lr: 1.0e-3}\n")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["json", "yaml"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_named_configurations_survive_a_file(tmp_path: Path, name: str, ending: str) -> None:
+    path = tmp_path / f"config.{ending}"
+    plain = config_to_dict(CONFIGS[name])
+    path.write_text(json.dumps(plain) if ending == "json" else yaml.safe_dump(plain))
+    assert load_config(ATokenConfig, path) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_runs_in_the_repository_can_be_read(path: Path) -> None:
+    config = load_config(TrainConfig, path)
+    assert config.model in CONFIGS
+    assert parse_config(TrainConfig, config_to_dict(config), "again") == config
+
+
+def test_overrides_reach_every_depth(run_file: Path) -> None:
+    overrides = ["steps=7", "optimizer.muon_lr=2e-3", "batch.image_sides=[32, 48]", "quantizer.codebooks=4", "name=a=b"]
+    config = load_config(TrainConfig, run_file, overrides)
+    assert (config.steps, config.optimizer.lr, config.optimizer.muon_lr) == (7, 1e-3, 2e-3)
+    assert config.batch.image_sides == (32, 48)
+    assert config.quantizer == FSQConfig(codebooks=4)
+    assert config.name == "a=b"
+    assert load_config(TrainConfig, run_file, ["quantizer.codebooks=4", "quantizer=null"]).quantizer is None
+
+
+def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=1", "unknown key 'stepz'; did you mean 'steps'?"),
+        ("optimizer.warmpu=1", "unknown key 'optimizer.warmpu'; did you mean 'optimizer.warmup'?"),
+        ("quantizer.codebook=1", "unknown key 'quantizer.codebook'; did you mean 'quantizer.codebooks'?"),
+        ("loss.zzzzzz=1", "unknown key 'loss.zzzzzz'; known keys: l1, l2"),
+        ("steps", "'steps' is not an override; write key=value"),
+        ("=3", "'=3' is not an override; write key=value"),
+        ("steps.more=3", "steps.more=3: 'steps' is a value, not a group of settings"),
+        ("steps=[1", "'steps=[1' is not an override"),
+        ("steps=many", "steps: Input should be a valid integer"),
+        ("steps=", "steps: Input should be a valid integer"),
+        ("steps=0", "steps must be at least 1, got 0"),
+        ("code_iterations=0", "code_iterations must be at least 1, got 0"),
+        ("save_every=0", "save_every must be at least 1, got 0"),
+        ("seed=-1", "seed must not be negative, got -1"),
+        ("precision=fp8", "precision: Input should be 'fp32' or 'bf16'"),
+        ("optimizer=fast", "optimizer: Input should be a dictionary"),
+        ("optimizer.lr=high", "optimizer.lr: Input should be a valid number"),
+        ("batch.images=-1", "must not be negative"),
+    ],
+)
+def test_bad_overrides(run_file: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(TrainConfig, run_file, [override])
+    assert message in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": {**config_to_dict(NANO)["encoder"], "widht": 3}}, "unknown key 'encoder.widht'; did you mean"),
+        ({"encoder": {**config_to_dict(NANO)["encoder"], "width": 0}}, "encoder: width must be at least 1, got 0"),
+        ({"patch_size": [4, 16]}, "patch_size"),
+        ({"tile_frames": 6}, "tile_frames must be a positive multiple of the 4 frames"),
+        ({"skip": {"still_codes": 0, "clip_codes": 1}}, "at least one code of each sort"),
+        ({"encoder": {"width": 8}}, "encoder.depth: Field required"),
+    ],
+)
+def test_bad_sizes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_config(ATokenConfig, {**config_to_dict(NANO), **change}, "here.json")
+    assert message in one_line(error)
+    assert str(error.value).startswith("here.json: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", b"a: [1", "not valid"),
+        ("a.yaml", b"- 1\n- 2\n", "must hold key: value pairs at the top level"),
+        ("a.yaml", b"", "must hold key: value pairs at the top level"),
+        ("a.yaml", b"day: 2024-13-45", "not valid"),
+        ("a.yaml", b"a: !!python/object/apply:os.getcwd []", "not valid"),
+        ("a.yaml", b"\xff\xfe\x00", "cannot be read: not a text file"),
+        ("a.json", b"{'a': 1}", "not valid"),
+        ("a.json", b"[" * 100_000, "not valid"),
+        ("a.json", None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_mapping(tmp_path / name)
+    assert message in one_line(error)
+    assert str(tmp_path / name) in str(error.value)
