@@ -232,7 +232,7 @@ def _codecs(options: argparse.Namespace) -> dict[str, Codec]:
     if options.model is not None:
         from tokenizer import AToken
 
-        model = AToken.from_pretrained(options.model, device=options.device)
+        model = AToken.from_pretrained(options.model, dtype=torch.float32, device=options.device)
         codecs["model"] = ModelCodec(model, model.config.patch_size)
     return codecs
 
