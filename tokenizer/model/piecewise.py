@@ -104,7 +104,8 @@ class PiecewiseLinearCode(nn.Module):
     def add_to_parameters(self, parameters: Tensor, patches: Tensor) -> Tensor:
         """Add the code of patches [N, P] to the encoder's posterior parameters [N, 2C].
 
-        Digit channels belong to the code alone: whatever the encoder says there is replaced.
+        Digit channels belong to the code alone: whatever the encoder says there is replaced. That holds for every
+        channel of a code in digits, where a small correction would flip a strong digit.
         """
         still = (patches[:, self.frame_features :] == 0).all(dim=1)
         still_code, still_number = self._code(self.stills, patches[:, : self.frame_features])
@@ -113,7 +114,8 @@ class PiecewiseLinearCode(nn.Module):
         digits = torch.stack([number // BASE**i % BASE for i in range(self.digits)], dim=1)
         mean, logvar = parameters.chunk(2, dim=1)
         code = torch.where(still[:, None], still_code, clip_code)
-        mean = torch.cat([self.write_levels.to(mean.dtype)[digits], mean[:, self.digits :] + code], dim=1)
+        rest = code if self.in_digits else mean[:, self.digits :] + code
+        mean = torch.cat([self.write_levels.to(mean.dtype)[digits], rest.to(mean.dtype)], dim=1)
         fixed = self.logvar.to(logvar.dtype)
         logvar = torch.cat(
             [fixed[: self.digits].expand(len(logvar), -1), logvar[:, self.digits :] + fixed[self.digits :]], dim=1

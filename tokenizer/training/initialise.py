@@ -98,7 +98,7 @@ def _write_in_digits(network: ATokenNetwork) -> None:
     """Turn coefficients into digits (`tokenizer.model.digits`): bits go where they lower the error most.
 
     All codes share one allocation, so a channel means the same in each, and the decoder's transformer goes on reading
-    coefficients as sums of their digits. The encoder starts silent: its corrections were of coefficients.
+    coefficients as sums of their digits. The encoder falls silent: its corrections were of coefficients.
     """
     skip, decoder = network.skip, network.decoder
     assert skip is not None
