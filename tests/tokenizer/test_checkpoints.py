@@ -29,7 +29,7 @@ from tokenizer import AToken, ATokenConfig, checkpoints
 from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.model.config import BASE, FSQConfig, SkipConfig
-from tokenizer.released import config_to_released
+from tokenizer.released import config_to_released, rename_to_released
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
@@ -423,7 +423,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_to_dict(BASE)))
-    torch.save({checkpoints.rename_to_released(name): tensor for name, tensor in state.items()}, folder / "base.pt")
+    torch.save({rename_to_released(name): tensor for name, tensor in state.items()}, folder / "base.pt")
     (folder / "base.json").write_text(json.dumps(config_to_released(BASE)))
     return folder
 
