@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16"], choices=sorted(DTYPES))
     parser.add_argument("--batches", nargs="*", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
