@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file at `path` (use a path from `tokenizer.atomic`).
+    """Write a safetensors file at `path` (use a path from `tokenizer.atomic`); the same bytes for the same tensors.
 
     Raises:
         OSError: as the system gave it.
@@ -28,6 +29,19 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in any order; equal models shall be equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
 
 
 def write_pt(value: Any, path: Path) -> None:
