@@ -37,11 +37,21 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int, size: int | None = None) -> float:
-    """FLOP/s of the product of two square matrices, 2048 wide on a CPU and 8192 on a GPU."""
+    """FLOP/s of the product of two square matrices, 2048 wide on a CPU and 8192 on a GPU.
+
+    Each timed sample lasts about a second, as long as a call of a large network: on a shared machine a single short
+    product would find a quiet moment that no long computation finds.
+    """
     size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / seconds(lambda: a @ b, device, repeats)
+    count = max(1, round(1.0 / seconds(lambda: a @ b, device, 1)))
+
+    def products() -> None:
+        for _ in range(count):
+            torch.mm(a, b)
+
+    return 2 * size**3 * count / seconds(products, device, repeats)
 
 
 def _wait(device: torch.device) -> None:

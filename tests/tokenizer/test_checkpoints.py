@@ -433,4 +433,6 @@ def test_loading_needs_hardly_more_than_the_result(large: Path) -> None:
     command = [sys.executable, "-c", LOAD, str(large), json.dumps(cases)]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     peaks = dict(zip(cases, json.loads(result.stdout), strict=True))
-    assert all(0.5 < peak < 1.4 for peak in peaks.values()), peaks
+    assert all(peak < 1.4 for peak in peaks.values()), peaks
+    # The measure works; a later case may reuse what the system has not yet taken back from an earlier one.
+    assert max(peaks.values()) > 0.5, peaks
