@@ -3,14 +3,12 @@
 Pure functions on arrays; reading meshes, images and camera files is the business of `data`.
 
 Each occupied voxel of a cubic grid carries one 16 x 16 patch of colours, taken from the view that is nearest to it. The
-box reaches from -0.5 to 0.5 in the world. Cameras look along +z with y down (OpenCV), intrinsics are in units of the
-image size.
+box reaches from -0.5 to 0.5 in the world.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizer.cameras import Cameras, cameras_from_transforms
 from tokenizer.errors import InputError
 from tokenizer.patches import PATCH_SIZE, PatchSize, patchify
 from tokenizer.sparse import SparseTokens
@@ -32,14 +31,6 @@ MAX_SURFACE_POINTS = 500_000
 
 ASSET_TIME = 1
 """The t of every voxel token, as released; encoder and decoder see it relative to the batch (FORMAT 10)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cameras:
-    """V pinhole cameras: world_to_camera [V, 4, 4] and intrinsics [V, 3, 3], float32."""
-
-    world_to_camera: Tensor
-    intrinsics: Tensor
 
 
 def voxels_to_tokens(features: Tensor, coordinates: Tensor, patch_size: PatchSize = PATCH_SIZE) -> SparseTokens:
@@ -98,29 +89,6 @@ def pack_views(
     coordinates = occupied_voxels(surface_points(depth, cameras, generator), resolution)
     maps = torch.stack([view_patches(image) for image in images])
     return nearest_view_features(coordinates, cameras, maps, resolution).float() / 255.0, coordinates
-
-
-def cameras_from_transforms(transforms: Mapping[str, Any]) -> Cameras:
-    """Cameras of a NeRF-style `transforms.json`.
-
-    Args:
-        transforms: "frames", each with "transform_matrix" (camera to world, OpenGL axes) and "camera_angle_x"
-            (radians).
-    """
-    frames = transforms.get("frames")
-    if not frames or any(not {"transform_matrix", "camera_angle_x"} <= frame.keys() for frame in frames):
-        raise InputError("camera transforms need 'frames', each with 'transform_matrix' and 'camera_angle_x'")
-    camera_to_world = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)
-    if camera_to_world.shape[1:] != (4, 4):
-        raise InputError(f"each transform_matrix must be 4 x 4, got {tuple(camera_to_world.shape[1:])}")
-    camera_to_world[:, :3, 1:3] *= -1  # OpenGL looks along -z with y up
-    angle = torch.tensor([frame["camera_angle_x"] for frame in frames], dtype=torch.float32)
-    focal = 0.5 / torch.tan(angle / 2)
-    intrinsics = torch.zeros(len(frames), 3, 3)
-    intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = focal
-    intrinsics[:, :2, 2] = 0.5
-    intrinsics[:, 2, 2] = 1.0
-    return Cameras(torch.linalg.inv(camera_to_world), intrinsics)
 
 
 def surface_points(depth: Tensor, cameras: Cameras, generator: torch.Generator | None = None) -> Tensor:

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from tokenizer import voxels
+from tokenizer.cameras import Cameras, cameras_from_transforms
 from tokenizer.errors import InputError
 from tokenizer.voxels import (
-    Cameras,
-    cameras_from_transforms,
     nearest_view_features,
     occupied_voxels,
     pack_views,

@@ -7,11 +7,12 @@ import re
 
 import torch
 
+from tokenizer.cameras import cameras_from_transforms
 from tokenizer.errors import InputError
 from tokenizer.parity.bench import Bench, Values
 from tokenizer.parity.compare import Rule, Value
 from tokenizer.parity.recording import RecordedFile
-from tokenizer.voxels import RESOLUTION, cameras_from_transforms, pack_views, view_patches
+from tokenizer.voxels import RESOLUTION, pack_views, view_patches
 
 _VIEW = re.compile(r"view(\d+)_patch_feats_u8$")
 
