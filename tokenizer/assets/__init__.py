@@ -1,1 +1,1 @@
-"""Files of 3D assets -> meshes -> views -> voxels. Knows nothing of models; trimesh and embree are loaded when needed."""
+"""Files of 3D assets -> meshes -> views -> voxels. Knows nothing of models; loads trimesh and embree when needed."""

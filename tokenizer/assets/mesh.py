@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +55,7 @@ class Mesh:
     materials: tuple[Material, ...]
     uv: NDArray[np.float32] | None = None
     colours: NDArray[np.float32] | None = None
-    to_original: Floats = np.eye(4)
+    to_original: Floats = field(default_factory=lambda: np.eye(4))
 
     @property
     def bounds(self) -> Floats:
