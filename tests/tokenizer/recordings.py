@@ -222,7 +222,7 @@ def _splats(gs: GaussianDecoder, voxels: SparseTokens) -> dict[str, Tensor]:
     return {
         "in.coords": _coordinates(voxels)[:, [0, 2, 3, 4]],
         "gs_raw": gs(voxels).features,
-        "gs0._xyz": gaussians.unit_positions[:21],
+        "gs0._xyz": gaussians.means[:21] + 0.5,
         "gs0.get_scaling": gaussians.scales[:21],
         "gs0.get_covariance": gaussians.covariances[:21],
         "sh0_rgb": gaussians.colours[:21, None],

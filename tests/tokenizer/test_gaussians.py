@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -175,7 +176,7 @@ def test_batches_it_refuses() -> None:
 def test_a_new_decoder_fills_each_voxel_evenly() -> None:
     gaussians = GaussianDecoder(SMALL).gaussians(asset(6).to(dtype=torch.float32))
     assert len(gaussians) == 30
-    inside = gaussians.unit_positions.reshape(6, 5, 3) * 16 - asset(6).positions[:, None, 1:] - 0.5
+    inside = (gaussians.means + 0.5).reshape(6, 5, 3) * 16 - asset(6).positions[:, None, 1:] - 0.5
     # The points of a Hammersley set, g / 5 and g mirrored in base 2 and 3, around the centre of the voxel.
     expected = torch.tensor(
         [[0, 0, 0], [1 / 5, 1 / 2, 1 / 3], [2 / 5, 1 / 4, 2 / 3], [3 / 5, 3 / 4, 1 / 9], [4 / 5, 1 / 8, 4 / 9]]
@@ -200,9 +201,11 @@ def test_channels_are_where_they_should_be() -> None:
     voxel, g = 1, 3
     row = voxel * 5 + g
     assert gaussians.dc[row].tolist() == raw[voxel, 15 + 3 * g : 18 + 3 * g].tolist()
-    assert gaussians.raw_scales[row].tolist() == raw[voxel, 30 + 3 * g : 33 + 3 * g].tolist()
-    assert gaussians.raw_rotations[row].tolist() == pytest.approx((0.1 * raw[voxel, 45 + 4 * g : 49 + 4 * g]).tolist())
-    assert gaussians.raw_opacities[row].tolist() == [raw[voxel, 65 + g]]
+    spread = F.softplus(raw[voxel, 30 + 3 * g : 33 + 3 * g] + math.log(math.expm1(4e-3)))
+    assert gaussians.scales[row].tolist() == pytest.approx((spread.square() + 9e-4**2).sqrt().tolist())
+    turned = 0.1 * raw[voxel, 45 + 4 * g : 49 + 4 * g] + torch.tensor([1.0, 0, 0, 0])
+    assert gaussians.quaternions[row].tolist() == pytest.approx(turned.tolist())
+    assert gaussians.opacity_logits[row].tolist() == pytest.approx([float(raw[voxel, 65 + g]) - math.log(9)])
 
 
 def test_covariances_are_rotated_squares_of_scales() -> None:
@@ -219,9 +222,9 @@ def test_covariances_are_rotated_squares_of_scales() -> None:
 def test_gaussians_stay_near_their_voxel() -> None:
     gaussians = random_gaussians((40,))
     centre = (asset(40).positions[:, None, 1:] + 0.5) / 16
-    distance = (gaussians.unit_positions.reshape(40, 5, 3) - centre).abs() * 16
+    distance = (gaussians.means.reshape(40, 5, 3) + 0.5 - centre).abs() * 16
     assert distance.max() < 0.75
-    assert gaussians.positions.abs().max() < 0.55
+    assert gaussians.means.abs().max() < 0.55
 
 
 def test_items_of_a_batch() -> None:

@@ -1,18 +1,21 @@
-"""Raw output of the Gaussian decoder -> Gaussians with positions, colours, scales, rotations and opacities (FORMAT 11).
+"""`Gaussians`: 3D Gaussians as files, viewers and rasterisers want them, and how the decoder's raw output becomes them.
 
-Shape legend: M Gaussians of a batch, G Gaussians of a voxel, B items.
+The type is the same whether a network wrote the Gaussians or a file held them: nothing in it belongs to a decoder
+(FORMAT 11). Shape legend: M Gaussians of a batch, G Gaussians of a voxel, N voxels, B assets.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizer.errors import InputError
 from tokenizer.gaussians.config import GaussianDecoderConfig
 from tokenizer.model.precision import at_least_float32
 from tokenizer.sparse import SparseTokens
@@ -20,71 +23,59 @@ from tokenizer.sparse import SparseTokens
 SH_DEGREE_0 = 0.28209479177387814
 """The constant spherical harmonic, 1 / (2 sqrt(pi))."""
 
+CHANNELS = {"means": 3, "scales": 3, "quaternions": 4, "dc": 3, "opacity_logits": 1}
+"""Columns of the fields of `Gaussians`: 14 numbers describe one Gaussian."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gaussians:
-    """Gaussians of a batch of assets, item after item, voxel after voxel.
+    """The Gaussians of a batch of assets, one asset after the other; all floating fields share dtype and device.
 
-    The fields are what an optimiser or a .ply file holds; the properties are what a renderer needs.
-
-    unit_positions: [M, 3], in the unit cube, whose voxels the tokens sit on.
+    means: [M, 3] centres in the world; a normalised asset fills the cube from -0.5 to 0.5, z up.
+    scales: [M, 3] standard deviations along the Gaussian's own axes, positive, in world units.
+    quaternions: [M, 4] (w, x, y, z) from its own axes to the world's, of any length but zero.
     dc: [M, 3] coefficients of the constant spherical harmonic, one for each colour.
-    raw_scales: [M, 3] before bias and softplus.
-    raw_rotations: [M, 4] (w, x, y, z), to be added to the identity and normalised.
-    raw_opacities: [M, 1] before bias and sigmoid.
-    lengths: [B] int64 on the CPU, Gaussians of each item.
-    minimum_scale / initial_scale / initial_opacity: constants of the decoder that made them.
+    opacity_logits: [M, 1] logits of the opacity at the centre.
+    lengths: [B] int64 on the CPU, Gaussians of each asset, M in all.
+
+    Raises:
+        InputError: a shape is another one, or `lengths` does not add up to M.
     """
 
-    unit_positions: Tensor
+    means: Tensor
+    scales: Tensor
+    quaternions: Tensor
     dc: Tensor
-    raw_scales: Tensor
-    raw_rotations: Tensor
-    raw_opacities: Tensor
+    opacity_logits: Tensor
     lengths: Tensor
-    minimum_scale: float
-    initial_scale: float
-    initial_opacity: float
+
+    def __post_init__(self) -> None:
+        for name, width in CHANNELS.items():
+            shape = tuple(getattr(self, name).shape)
+            if shape != (len(self.means), width):
+                raise InputError(f"{name} of Gaussians must be [{len(self.means)}, {width}], got {list(shape)}")
+        total = int(self.lengths.sum())
+        if total != len(self.means):
+            raise InputError(f"lengths of Gaussians add up to {total}, but there are {len(self.means)}")
 
     def __len__(self) -> int:
-        """M, the number of Gaussians."""
-        return len(self.unit_positions)
-
-    @property
-    def positions(self) -> Tensor:
-        """[M, 3] centres in the world, whose cube reaches from -0.5 to 0.5."""
-        return self.unit_positions - 0.5
-
-    @property
-    def colours(self) -> Tensor:
-        """[M, 3] red, green, blue, from 0; nominally at most 1."""
-        return (SH_DEGREE_0 * self.dc + 0.5).clamp_min(0.0)
-
-    @property
-    def scales(self) -> Tensor:
-        """[M, 3] standard deviations along the three axes, in world units."""
-        bias = self.initial_scale + math.log(-math.expm1(-self.initial_scale))
-        return torch.sqrt(F.softplus(self.raw_scales + bias).square() + self.minimum_scale**2)
-
-    @property
-    def unnormalised_rotations(self) -> Tensor:
-        """[M, 4] quaternions (w, x, y, z) around the identity, of any length; what .ply files hold."""
-        return torch.cat([self.raw_rotations[:, :1] + 1.0, self.raw_rotations[:, 1:]], dim=1)
+        """M, the number of Gaussians; `len(gaussians.lengths)` is the number of assets."""
+        return len(self.means)
 
     @property
     def rotations(self) -> Tensor:
         """[M, 4] unit quaternions (w, x, y, z)."""
-        return F.normalize(self.unnormalised_rotations, dim=-1)
-
-    @property
-    def opacity_logits(self) -> Tensor:
-        """[M, 1] logits of `opacities`."""
-        return self.raw_opacities + math.log(self.initial_opacity / (1.0 - self.initial_opacity))
+        return F.normalize(self.quaternions, dim=-1)
 
     @property
     def opacities(self) -> Tensor:
         """[M, 1] in 0..1."""
         return torch.sigmoid(self.opacity_logits)
+
+    @property
+    def colours(self) -> Tensor:
+        """[M, 3] red, green, blue, display values from 0; nominally at most 1."""
+        return (SH_DEGREE_0 * self.dc + 0.5).clamp_min(0.0)
 
     @property
     def covariances(self) -> Tensor:
@@ -95,24 +86,62 @@ class Gaussians:
         return full[:, rows, columns]
 
     def __getitem__(self, item: int) -> Gaussians:
-        """The Gaussians of one asset of the batch."""
+        """The Gaussians of one asset of the batch, as a batch of one."""
         if not -len(self.lengths) <= item < len(self.lengths):
             raise IndexError(f"item {item} of a batch of {len(self.lengths)}")
         item %= len(self.lengths)
         first = int(self.lengths[:item].sum())
         rows = slice(first, first + int(self.lengths[item]))
-        return replace(
-            self,
-            unit_positions=self.unit_positions[rows],
-            dc=self.dc[rows],
-            raw_scales=self.raw_scales[rows],
-            raw_rotations=self.raw_rotations[rows],
-            raw_opacities=self.raw_opacities[rows],
-            lengths=self.lengths[item : item + 1],
-        )
+        return self._take(rows, self.lengths[item : item + 1])
 
     def __iter__(self) -> Iterator[Gaussians]:
         return (self[item] for item in range(len(self.lengths)))
+
+    def select(self, rows: Tensor) -> Gaussians:
+        """Some of the Gaussians as one asset: `rows` are integers [K] in the order wanted, or bool [M]."""
+        chosen = self.means[rows]
+        return self._take(rows, torch.tensor([len(chosen)]))
+
+    def _take(self, rows: Tensor | slice, lengths: Tensor) -> Gaussians:
+        return Gaussians(**{name: getattr(self, name)[rows] for name in CHANNELS}, lengths=lengths)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Gaussians:
+        """The same on another device or in another floating dtype; `lengths` stays on the CPU."""
+        moved = {name: getattr(self, name).to(device=device, dtype=dtype) for name in CHANNELS}
+        return Gaussians(**moved, lengths=self.lengths)
+
+    def detach(self) -> Gaussians:
+        """The same values, without their history of gradients."""
+        return Gaussians(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
+
+
+class RawParameters(NamedTuple):
+    """The raw output of the decoder, one row for each Gaussian, with the config's factors applied.
+
+    positions: [M, 3] centres in the unit cube, whose voxels the tokens sit on.
+    dc: [M, 3] as in `Gaussians`.
+    scales: [M, 3] before bias, softplus and minimum.
+    rotations: [M, 4] to be added to the identity quaternion.
+    opacities: [M, 1] logits before bias.
+    """
+
+    positions: Tensor
+    dc: Tensor
+    scales: Tensor
+    rotations: Tensor
+    opacities: Tensor
+
+
+def raw_parameters(raw: SparseTokens, perturbation: Tensor, config: GaussianDecoderConfig) -> RawParameters:
+    """Take the output of the network apart; arguments as for `raw_to_gaussians`."""
+    groups = at_least_float32(raw.features).split([size * config.gaussians for size in (3, 3, 3, 4, 1)], dim=-1)
+    position, dc, scale, rotation, opacity = (
+        group.unflatten(-1, (config.gaussians, -1)) * factor
+        for group, factor in zip(groups, config.factors, strict=True)
+    )
+    centre = (raw.positions[:, None, 1:].to(position.dtype) + 0.5) / config.resolution
+    offset = torch.tanh(position + perturbation.to(position.dtype)) * (0.5 * config.voxel_size / config.resolution)
+    return RawParameters(*(group.flatten(0, 1) for group in (centre + offset, dc, scale, rotation, opacity)))
 
 
 def raw_to_gaussians(raw: SparseTokens, perturbation: Tensor, config: GaussianDecoderConfig) -> Gaussians:
@@ -126,23 +155,16 @@ def raw_to_gaussians(raw: SparseTokens, perturbation: Tensor, config: GaussianDe
     Returns:
         N * G Gaussians, voxel after voxel, in float32 at least.
     """
-    groups = at_least_float32(raw.features).split([size * config.gaussians for size in (3, 3, 3, 4, 1)], dim=-1)
-    position, dc, scale, rotation, opacity = (
-        group.unflatten(-1, (config.gaussians, -1)) * factor
-        for group, factor in zip(groups, config.factors, strict=True)
-    )
-    centre = (raw.positions[:, None, 1:].to(position.dtype) + 0.5) / config.resolution
-    offset = torch.tanh(position + perturbation.to(position.dtype)) * (0.5 * config.voxel_size / config.resolution)
+    parameters = raw_parameters(raw, perturbation, config)
+    scale_bias = config.initial_scale + math.log(-math.expm1(-config.initial_scale))  # inverse of softplus
+    opacity_bias = math.log(config.initial_opacity / (1.0 - config.initial_opacity))  # inverse of the sigmoid
     return Gaussians(
-        unit_positions=(centre + offset).flatten(0, 1),
-        dc=dc.flatten(0, 1),
-        raw_scales=scale.flatten(0, 1),
-        raw_rotations=rotation.flatten(0, 1),
-        raw_opacities=opacity.flatten(0, 1),
+        means=parameters.positions - 0.5,
+        scales=torch.sqrt(F.softplus(parameters.scales + scale_bias).square() + config.minimum_scale**2),
+        quaternions=torch.cat([parameters.rotations[:, :1] + 1.0, parameters.rotations[:, 1:]], dim=1),
+        dc=parameters.dc,
+        opacity_logits=parameters.opacities + opacity_bias,
         lengths=raw.lengths * config.gaussians,
-        minimum_scale=config.minimum_scale,
-        initial_scale=config.initial_scale,
-        initial_opacity=config.initial_opacity,
     )
 
 

@@ -20,12 +20,12 @@ def ply_columns(gaussians: Gaussians) -> dict[str, Tensor]:
     (w, x, y, z) that are not normalised. No axis is turned.
     """
     groups: list[tuple[str, Tensor]] = [
-        *zip("xyz", gaussians.positions.unbind(1), strict=True),
-        *((f"n{axis}", torch.zeros_like(gaussians.positions[:, 0])) for axis in "xyz"),
+        *zip("xyz", gaussians.means.unbind(1), strict=True),
+        *((f"n{axis}", torch.zeros_like(gaussians.means[:, 0])) for axis in "xyz"),
         *((f"f_dc_{i}", column) for i, column in enumerate(gaussians.dc.unbind(1))),
         ("opacity", gaussians.opacity_logits[:, 0]),
         *((f"scale_{i}", column) for i, column in enumerate(gaussians.scales.log().unbind(1))),
-        *((f"rot_{i}", column) for i, column in enumerate(gaussians.unnormalised_rotations.unbind(1))),
+        *((f"rot_{i}", column) for i, column in enumerate(gaussians.quaternions.unbind(1))),
     ]
     return dict(groups)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenizer.errors import InputError
-from tokenizer.gaussians import GaussianDecoder, Gaussians
-from tokenizer.gaussians.attributes import raw_to_gaussians
+from tokenizer.gaussians import Gaussians
+from tokenizer.gaussians.attributes import RawParameters, raw_parameters, raw_to_gaussians
 from tokenizer.gaussians.ply import ply_columns
 from tokenizer.gaussians.windows import window_plan
 from tokenizer.parity.bench import Bench, Values
@@ -23,20 +23,22 @@ _ATTRIBUTE = re.compile(r"gs(\d+)\.(\w+)$")
 _COLOUR = re.compile(r"sh(\d+)_rgb$")
 _WINDOW = re.compile(r"window_(id|len|batch)_shift(\d+)$")
 
-_ATTRIBUTES: dict[str, Callable[[Gaussians], Tensor]] = {
-    "_xyz": lambda gaussians: gaussians.unit_positions,
-    "_features_dc": lambda gaussians: gaussians.dc[:, None],
-    "_scaling": lambda gaussians: gaussians.raw_scales,
-    "_rotation": lambda gaussians: gaussians.raw_rotations,
-    "_opacity": lambda gaussians: gaussians.raw_opacities,
-    "get_xyz": lambda gaussians: gaussians.positions,
+_RAW: dict[str, Callable[[RawParameters], Tensor]] = {
+    "_xyz": lambda raw: raw.positions,
+    "_features_dc": lambda raw: raw.dc[:, None],
+    "_scaling": lambda raw: raw.scales,
+    "_rotation": lambda raw: raw.rotations,
+    "_opacity": lambda raw: raw.opacities,
+}
+_ACTIVATED: dict[str, Callable[[Gaussians], Tensor]] = {
+    "get_xyz": lambda gaussians: gaussians.means,
     "get_features": lambda gaussians: gaussians.dc[:, None],
     "get_scaling": lambda gaussians: gaussians.scales,
     "get_rotation": lambda gaussians: gaussians.rotations,
     "get_opacity": lambda gaussians: gaussians.opacities,
     "get_covariance": lambda gaussians: gaussians.covariances,
 }
-"""The reference's name of an attribute -> ours."""
+"""The reference's name of an attribute -> ours, before and after activation."""
 
 
 def produce(file: RecordedFile, wanted: set[str], bench: Bench) -> Values:
@@ -57,11 +59,17 @@ def produce(file: RecordedFile, wanted: set[str], bench: Bench) -> Values:
     yield "gs_raw", Value(raw.features)
     for number, hidden in seen.items():
         yield f"gs_h{number}", Value(hidden)
-    gaussians = _gaussians(file, raw, decoder, bench)
+    judged = _judged_raw(file, raw, bench)
+    perturbation, config = decoder.offset_perturbation, decoder.config
+    gaussians = raw_to_gaussians(judged, perturbation, config)
     for name in wanted:
         if match := _ATTRIBUTE.match(name):
-            if match[2] in _ATTRIBUTES:
-                yield name, _first_rows(_ATTRIBUTES[match[2]](gaussians[int(match[1])]), file, name)
+            item = int(match[1])
+            if match[2] in _RAW:
+                parameters = raw_parameters(judged[item], perturbation, config)
+                yield name, _first_rows(_RAW[match[2]](parameters), file, name)
+            elif match[2] in _ACTIVATED:
+                yield name, _first_rows(_ACTIVATED[match[2]](gaussians[item]), file, name)
         elif match := _COLOUR.match(name):
             yield name, _first_rows(gaussians[int(match[1])].colours[:, None], file, name)
 
@@ -73,7 +81,9 @@ def produce_ply(file: RecordedFile, wanted: set[str], bench: Bench) -> Values:
     source = _source_of_ply(file, bench)
     decoder = bench.gaussian_decoder(bench.recording.model_of(source))
     raw = _voxels(source, bench).with_features(bench.value(source, "gs_raw"))
-    for name, column in ply_columns(_gaussians(source, raw, decoder, bench)[0]).items():
+    judged = _judged_raw(source, raw, bench)
+    gaussians = raw_to_gaussians(judged, decoder.offset_perturbation, decoder.config)[0]
+    for name, column in ply_columns(gaussians).items():
         if name in wanted:
             yield name, _first_rows(column, file, name)
 
@@ -90,15 +100,15 @@ def _voxels(file: RecordedFile, bench: Bench) -> SparseTokens:
     return from_coordinates(features.cpu(), file.take("in.coords")).to(bench.device)
 
 
-def _gaussians(file: RecordedFile, raw: SparseTokens, decoder: GaussianDecoder, bench: Bench) -> Gaussians:
-    """Attributes of the recorded raw output where there is one in this precision.
+def _judged_raw(file: RecordedFile, raw: SparseTokens, bench: Bench) -> SparseTokens:
+    """What attributes are computed from: the recorded raw output where there is one in this precision.
 
     Scales are exponentials: rounding noise of the network, which is judged by itself, would be judged a second time,
     magnified.
     """
     if bench.dtype != torch.float64 and "gs_raw" in file:
-        raw = raw.with_features(file.take("gs_raw").to(raw.device))
-    return raw_to_gaussians(raw, decoder.offset_perturbation, decoder.config)
+        return raw.with_features(file.take("gs_raw").to(raw.device))
+    return raw
 
 
 def _source_of_ply(file: RecordedFile, bench: Bench) -> RecordedFile:
