@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from tokenizer.assets.mesh import Floats
 
-# Looking for ears takes time that grows with the square of the corners; beyond this, and beyond this many polygons of
-# one call, a fan has to do. Real assets stay far below (a font's letter has some fifty corners).
-_MAX_CORNERS: Final = 256
-_MAX_STEPS: Final = 100_000
+# Looking for ears takes time that grows with the cube of the corners. Beyond this number of comparisons in one call a
+# fan has to do; real assets stay far below (a letter of a font has some fifty corners).
+_MAX_COMPARISONS: Final = 10**9
+_COMPARISONS_AT_ONCE: Final = 2**21
 
 
 def triangulated(points: Floats) -> NDArray[np.int64]:
@@ -34,12 +34,10 @@ def triangulated(points: Floats) -> NDArray[np.int64]:
         # The diagonal has to start at the corner that points inwards.
         triangles = (triangles + np.argmax(reflex, axis=1)[:, None, None]) % 4
         return triangles
-    steps = 0
-    for number in np.flatnonzero(reflex.any(axis=1)):
-        if n > _MAX_CORNERS or steps > _MAX_STEPS:
-            break
-        steps += n
-        triangles[number] = _ears(_flattened(points[number]))
+    concave = np.flatnonzero(reflex.any(axis=1))[: _MAX_COMPARISONS // n**3]
+    for some in np.array_split(concave, max(1, -(-len(concave) * n**2 // _COMPARISONS_AT_ONCE))):
+        if len(some):
+            triangles[some] = _ears(_flattened(points[some]))
     return triangles
 
 
@@ -64,38 +62,42 @@ def _normals(points: Floats) -> Floats:
 
 
 def _flattened(points: Floats) -> Floats:
-    """[n, 2] a polygon seen along its normal, counter-clockwise."""
-    normal = _normals(points[None])[0]
-    across = np.cross(normal, np.eye(3)[np.argmin(np.abs(normal))])
-    across /= max(float(np.linalg.norm(across)), np.finfo(np.float64).tiny)
-    return np.stack([points @ across, points @ np.cross(normal, across)], axis=1)
+    """[P, n, 2] polygons seen along their normals, counter-clockwise."""
+    normals = _normals(points)
+    across = np.cross(normals, np.eye(3)[np.argmin(np.abs(normals), axis=1)])
+    across /= np.maximum(np.linalg.norm(across, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    axes = np.stack([across, np.cross(normals, across)], axis=2)
+    flat: Floats = (points - points[:, :1]) @ axes
+    return flat
 
 
 def _ears(points: Floats) -> NDArray[np.int64]:
-    """[n - 2, 3] triangles of one simple polygon [n, 2]: cut off corners whose triangle holds no other corner."""
-    left = list(range(len(points)))
-    triangles = []
-    while len(left) > 3:
-        ring = np.array(left)
-        before, after = points[np.roll(ring, 1)], points[np.roll(ring, -1)]
-        convex = np.flatnonzero(_area(before, points[ring], after) > 0)
-        place = next((i for i in convex if _is_ear(points, left, int(i))), 0)
-        triangles.append((left[place - 1], left[place], left[(place + 1) % len(left)]))
-        del left[place]
-    triangles.append((left[0], left[1], left[2]))
-    return np.array(triangles, dtype=np.int64)
+    """[P, n - 2, 3] triangles of simple polygons [P, n, 2]: cut off corners whose triangle holds no other corner."""
+    count, n = points.shape[:2]
+    which = np.arange(count)
+    left = np.tile(np.arange(n), (count, 1))  # [P, m] the corners that are left, m falls from n to 3
+    triangles = np.empty((count, n - 2, 3), dtype=np.int64)
+    for cut in range(n - 3):
+        corners = np.stack([np.roll(left, 1, axis=1), left, np.roll(left, -1, axis=1)], axis=2)
+        place = np.argmax(_ear_corners(points[which[:, None], left]), axis=1)
+        triangles[:, cut] = corners[which, place]
+        kept = np.arange(n - cut) != place[:, None]
+        left = left[kept].reshape(count, -1)
+    triangles[:, -1] = left
+    return triangles
 
 
-def _is_ear(points: Floats, left: list[int], place: int) -> bool:
-    a, b, c = left[place - 1], left[place], left[(place + 1) % len(left)]
-    others = points[[i for i in left if i not in (a, b, c)]]
-    corners = points[[a, b, c]]
-    # Outlines with holes touch themselves: a corner at the same place as one of the triangle's does not block it.
-    others = others[(others[:, None] != corners[None]).any(axis=2).all(axis=1)]
-    inside = np.ones(len(others), dtype=bool)
-    for start, end in ((0, 1), (1, 2), (2, 0)):
-        inside &= _area(corners[start], corners[end], others) >= 0
-    return not bool(inside.any())
+def _ear_corners(ring: Floats) -> NDArray[np.bool_]:
+    """[P, m] which corners of polygons [P, m, 2] can be cut off."""
+    a, b, c = np.roll(ring, 1, axis=1), ring, np.roll(ring, -1, axis=1)
+    others = ring[:, None]  # [P, 1, m, 2] against the triangles [P, m, 1, 2]
+    blocked = np.ones((*ring.shape[:2], ring.shape[1]), dtype=bool)
+    for start, end in ((a, b), (b, c), (c, a)):
+        blocked &= _area(start[:, :, None], end[:, :, None], others) >= 0
+        # Neither the triangle's own corners block it, nor others at the same place, where an outline touches itself.
+        blocked &= (others != start[:, :, None]).any(axis=3)
+    ears: NDArray[np.bool_] = (_area(a, b, c) > 0) & ~blocked.any(axis=2)
+    return ears
 
 
 def _area(a: Floats, b: Floats, c: Floats) -> Floats:
