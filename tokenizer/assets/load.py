@@ -15,6 +15,7 @@ from typing import Final, Literal
 import numpy as np
 
 from tokenizer.assets.files import AssetFiles, FolderFiles, MappedFiles, shortened
+from tokenizer.assets.gltf import read_gltf
 from tokenizer.assets.materials import Pictures, Remarks
 from tokenizer.assets.mesh import Mesh
 from tokenizer.assets.obj import read_obj
@@ -26,6 +27,8 @@ Up = Literal["auto", "y", "z"]
 MAX_FACES: Final = 5_000_000
 
 _READERS: Final[Mapping[str, Callable[[bytes, Source], Shape]]] = {
+    ".glb": read_gltf,
+    ".gltf": read_gltf,
     ".obj": read_obj,
 }
 _Y_UP: Final = (".glb", ".gltf", ".obj")

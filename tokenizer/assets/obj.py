@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.assets.files import MissingFileError, shortened
-from tokenizer.assets.materials import Skin, read_mtl
+from tokenizer.assets.materials import Skin
 from tokenizer.assets.mesh import Floats, Material
+from tokenizer.assets.mtl import read_mtl
 from tokenizer.assets.polygons import triangulated
 from tokenizer.assets.shapes import Shape, Source
 from tokenizer.errors import InputError
