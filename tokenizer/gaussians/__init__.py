@@ -1,7 +1,8 @@
-"""3D assets: decoded voxel tokens -> 3D Gaussians (FORMAT 11).
+"""3D assets: decoded voxel tokens -> 3D Gaussians (FORMAT 11), and what can be done with Gaussians.
 
 Read in this order: `config` (sizes), `windows` (which voxels attend to each other), `decoder` (the network),
-`attributes` (what its output means), `ply` (files), `released` (released configuration keys and weight names).
+`attributes` (what a Gaussian is, and how the output becomes some), `ply` and `plytable` (files), `edit` (merge,
+transform, crop), `released` (released configuration keys and weight names).
 """
 
 from __future__ import annotations
@@ -9,5 +10,17 @@ from __future__ import annotations
 from tokenizer.gaussians.attributes import Gaussians
 from tokenizer.gaussians.config import GaussianDecoderConfig
 from tokenizer.gaussians.decoder import GaussianDecoder
+from tokenizer.gaussians.edit import crop, merge, transform
+from tokenizer.gaussians.ply import PlyWarning, read_ply, write_ply
 
-__all__ = ["GaussianDecoder", "GaussianDecoderConfig", "Gaussians"]
+__all__ = [
+    "GaussianDecoder",
+    "GaussianDecoderConfig",
+    "Gaussians",
+    "PlyWarning",
+    "crop",
+    "merge",
+    "read_ply",
+    "transform",
+    "write_ply",
+]

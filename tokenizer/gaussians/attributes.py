@@ -92,18 +92,20 @@ class Gaussians:
         item %= len(self.lengths)
         first = int(self.lengths[:item].sum())
         rows = slice(first, first + int(self.lengths[item]))
-        return self._take(rows, self.lengths[item : item + 1])
+        return self.select(rows, self.lengths[item : item + 1])
 
     def __iter__(self) -> Iterator[Gaussians]:
         return (self[item] for item in range(len(self.lengths)))
 
-    def select(self, rows: Tensor) -> Gaussians:
-        """Some of the Gaussians as one asset: `rows` are integers [K] in the order wanted, or bool [M]."""
-        chosen = self.means[rows]
-        return self._take(rows, torch.tensor([len(chosen)]))
+    def select(self, rows: Tensor | slice, lengths: Tensor | None = None) -> Gaussians:
+        """Some of the Gaussians.
 
-    def _take(self, rows: Tensor | slice, lengths: Tensor) -> Gaussians:
-        return Gaussians(**{name: getattr(self, name)[rows] for name in CHANNELS}, lengths=lengths)
+        Args:
+            rows: integers [K] in the order wanted, bool [M], or a slice; of the whole batch.
+            lengths: [B] int64 on the CPU, how many of them each asset gets; by default they become one asset.
+        """
+        chosen = {name: getattr(self, name)[rows] for name in CHANNELS}
+        return Gaussians(**chosen, lengths=torch.tensor([len(chosen["means"])]) if lengths is None else lengths)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Gaussians:
         """The same on another device or in another floating dtype; `lengths` stays on the CPU."""
