@@ -1,0 +1,306 @@
+"""The torch engine: alpha compositing of projected Gaussians in tiles, forward and backward by hand.
+
+How it is fast without a kernel of its own. Lists of Gaussians, one for each small tile, are cut across: layer k holds
+the k-th Gaussian of every tile, and as tiles are sorted by the length of their lists, the tiles of a layer are always
+the first n. So there is no padding, the loop runs over layers and not over tiles or Gaussians, and each step works on
+all pixels at once:
+
+    weight = alpha * transmittance        transmittance = transmittance - weight
+
+The exponents of a block of layers are one matrix product: seen from the middle of a tile the exponent is a quadratic
+polynomial of the pixel, six coefficients for each Gaussian against six monomials for each pixel.
+
+Memory. A block holds `_ELEMENTS` alphas and stays in the processor's cache. Lists are made for a range of depths at a
+time with at most `_PAIRS` entries (or one Gaussian); tiles that became opaque get none any more. Nothing grows with
+pixels times Gaussians.
+
+The backward pass goes front to back, too: what lies behind a layer is the finished picture less what lies before, so
+it needs no more than the forward pass: transmittance and remaining light of each pixel.
+
+Rules, as is customary (Kerbl et al. 2023, appendix C): alpha is at most `MAX_ALPHA`, nothing is drawn where it is not
+above `MIN_ALPHA`, and a pixel is finished before the Gaussian that would bring its transmittance to
+`MIN_TRANSMITTANCE`. Where alpha is cut or clamped it has no gradient.
+
+Shape legend: G Gaussians front to back, P pixels of a tile, K layers of a block, n tiles, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tokenizer.gaussians.projection import Splats
+from tokenizer.gaussians.tiles import MIN_ALPHA, Footprints, TileGrid, TileLists, tile_lists
+
+MAX_ALPHA = 0.999
+MIN_TRANSMITTANCE = 1e-4
+
+_TILES = (4, 8, 16)
+"""Edges of tiles to choose from: small ones waste fewer pixels, large ones make fewer pairs."""
+
+_PAIR_COST = 8.0
+"""Time to list and fetch one pair of a tile and a Gaussian, in units of the time for one pixel of it (measured)."""
+
+_ELEMENTS = 1 << 18
+_LAYERS = 8
+_PAIRS = 1 << 19
+_KEPT = 1 << 22
+"""Pairs whose lists are kept for the backward pass; beyond, they are made again."""
+
+_GEOMETRY = 6
+"""Columns of a table before its channels: centre x, y, conic xx, xy, yy, logarithm of the opacity."""
+
+
+def composite(splats: Splats, channels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Composite Gaussians front to back over nothing.
+
+    Args:
+        splats: M projected Gaussians.
+        channels: [M, C] what each Gaussian shows.
+        size: (height, width).
+
+    Returns:
+        [C + 1, height, width]: the channels weighted by alpha and transmittance, then the sum of the weights.
+        Differentiable once, with respect to centres, conics, log_opacities and channels.
+    """
+    with torch.no_grad():
+        plan = _plan(splats, size)
+    table = torch.cat([splats.centres, splats.conics, splats.log_opacities[:, None], channels], 1)
+    image: Tensor = _Composite.apply(table, plan)  # type: ignore[no-untyped-call]
+    return image
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What does not depend on the pass: order, tiles, and the ranges of depth whose lists are made together.
+
+    order: [G] rows of the Gaussians that are drawn, front to back.
+    ranges: first and last + 1 of each range of `order`.
+    """
+
+    order: Tensor
+    footprints: Footprints
+    grid: TileGrid
+    ranges: list[tuple[int, int]]
+    clamped: bool
+    kept: dict[int, TileLists] = field(default_factory=dict)
+
+    def lists(self, number: int, live: Tensor) -> TileLists:
+        """Lists of one range, from its first pass if they were kept; both passes find the same tiles live."""
+        if number in self.kept:
+            return self.kept[number]
+        first, last = self.ranges[number]
+        lists = tile_lists(self.footprints[first:last], self.grid, live)
+        lists.gaussians.add_(first)
+        if sum(len(other.gaussians) for other in self.kept.values()) + len(lists.gaussians) <= _KEPT:
+            self.kept[number] = lists
+        return lists
+
+
+def _plan(splats: Splats, size: tuple[int, int]) -> _Plan:
+    footprints = Footprints.of(splats.centres, splats.covariances, splats.log_opacities)
+    grids = [TileGrid(*size, tile) for tile in _TILES]
+    touched = torch.stack([footprints.box_tiles(grid) for grid in grids], 1) * splats.in_front[:, None]
+    costs = touched.sum(0).tolist()
+    best = min(range(len(grids)), key=lambda i: costs[i] * (grids[i].pixels + _PAIR_COST))
+    drawn = touched[:, best].nonzero()[:, 0]
+    order = drawn[torch.sort(splats.depths[drawn], stable=True).indices]
+    ends = touched[order, best].cumsum(0).tolist()
+    return _Plan(
+        order=order,
+        footprints=footprints[order],
+        grid=grids[best],
+        ranges=list(_ranges(ends, _PAIRS)),
+        clamped=bool((splats.log_opacities[order] > math.log(MAX_ALPHA)).any()),
+    )
+
+
+def _ranges(ends: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Cut running sums into ranges (first, last + 1) that sum to at most `most`, or hold one entry."""
+    from bisect import bisect_right
+
+    first, before = 0, 0
+    while first < len(ends):
+        last = max(bisect_right(ends, before + most), first + 1)
+        yield first, last
+        first, before = last, ends[last - 1]
+
+
+@dataclass(slots=True)
+class _Block:
+    """Layers of the lists of the first n tiles of a range.
+
+    gaussians: [K * n] rows of the table; `table` [K * n, 6 + C] is those rows.
+    middle: [2, K, n] middle of the tile less centre of the Gaussian.
+    weights: [P, K, n] alpha times transmittance, zero where nothing is drawn.
+    alphas: [P, K, n]. after: [P, K, n] transmittance behind each layer, zero once the pixel is finished.
+    """
+
+    gaussians: Tensor
+    table: Tensor
+    middle: Tensor
+    alphas: Tensor
+    weights: Tensor
+    after: Tensor
+
+    @property
+    def tiles(self) -> int:
+        return self.weights.shape[2]
+
+    def column(self, number: int) -> Tensor:
+        """[K, n] of the table."""
+        return self.table[:, number].view(self.weights.shape[1:])
+
+    def channels(self) -> Tensor:
+        """[C, K, n]."""
+        return self.table[:, _GEOMETRY:].T.contiguous().view(-1, *self.weights.shape[1:])
+
+
+class _Sweep:
+    """One pass over all layers, front to back."""
+
+    def __init__(self, table: Tensor, plan: _Plan) -> None:
+        # One more row that draws nothing fills up blocks.
+        nothing = table.new_zeros(1, table.shape[1])
+        nothing[0, 5] = -1e4
+        self.table = torch.cat([table[plan.order], nothing])
+        self.plan = plan
+        x, y = plan.grid.offsets(table.dtype, table.device)
+        self.monomials = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], 1)
+        inside = table.new_ones(1, plan.grid.height, plan.grid.width)
+        # Pixels of a tile outside the picture are finished from the start.
+        self.transmittance = plan.grid.split(inside)[0]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Iterator[_Block]]]:
+        """For each range of depths its tiles [n] and their blocks, which must all be taken."""
+        for number in range(len(self.plan.ranges)):
+            live = self.transmittance.amax(0) > MIN_TRANSMITTANCE
+            lists = self.plan.lists(number, live)
+            if len(lists.tiles):
+                yield lists.tiles, self._blocks(lists)
+
+    def _blocks(self, lists: TileLists) -> Iterator[_Block]:
+        transmittance = self.transmittance[:, lists.tiles]
+        middles = self.plan.grid.middles(lists.tiles, self.table.dtype)
+        for first, layers, count in lists.layers(self.plan.grid.pixels, _ELEMENTS, _LAYERS):
+            gaussians = lists.entries(first, layers, count, len(self.table) - 1)
+            block = self._block(gaussians, middles[:, :count], transmittance[:, :count])
+            transmittance[:, :count] = block.after[:, -1]
+            yield block
+        self.transmittance[:, lists.tiles] = transmittance
+
+    def _block(self, gaussians: Tensor, middles: Tensor, before: Tensor) -> _Block:
+        table = self.table.index_select(0, gaussians)
+        count = middles.shape[1]
+        x, y, xx, xy, yy, log_opacity = (table[:, i].view(-1, count) for i in range(_GEOMETRY))
+        middle = torch.stack([middles[0] - x, middles[1] - y])
+        along_x, along_y = xx * middle[0] + xy * middle[1], xy * middle[0] + yy * middle[1]
+        constant = log_opacity - 0.5 * (along_x * middle[0] + along_y * middle[1])
+        polynomial = torch.stack([constant, -along_x, -along_y, -0.5 * xx, -xy, -0.5 * yy])
+        alphas = (self.monomials @ polynomial.flatten(1)).unflatten(1, (-1, count))
+        torch.threshold_(alphas.exp_().clamp_max_(MAX_ALPHA), MIN_ALPHA, 0.0)
+
+        passing = torch.empty(len(alphas), alphas.shape[1] + 1, count, dtype=table.dtype, device=table.device)
+        weights = torch.empty_like(alphas)
+        passing[:, 0] = before
+        step = passing.unbind(1)
+        for k, (alpha, weight) in enumerate(zip(alphas.unbind(1), weights.unbind(1), strict=True)):
+            torch.mul(step[k], alpha, out=weight)
+            torch.sub(step[k], weight, out=step[k + 1])
+        after = passing[:, 1:]
+        if float(step[-1].min()) <= MIN_TRANSMITTANCE:
+            torch.threshold_(after, MIN_TRANSMITTANCE, 0.0)
+            # As alpha is at most MAX_ALPHA, a weight is less than 1000 times what is left, unless that was set to zero.
+            torch.minimum(weights, after / (1.0 - MAX_ALPHA) * 1.001, out=weights)
+        return _Block(gaussians, table, middle, alphas, weights, after)
+
+
+class _Composite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, plan: _Plan) -> Tensor:
+        channels = table.shape[1] - _GEOMETRY
+        grid = plan.grid
+        picture = table.new_zeros(channels + 1, grid.pixels, grid.tiles)
+        for tiles, blocks in _Sweep(table, plan):
+            part = table.new_zeros(channels + 1, grid.pixels, len(tiles))
+            for block in blocks:
+                shown = part[:-1, :, : block.tiles]
+                for weight, channel in zip(block.weights.unbind(1), block.channels().unbind(1), strict=True):
+                    shown.addcmul_(weight[None], channel[:, None])
+                part[-1, :, : block.tiles] += block.weights.sum(1)
+            picture[:, :, tiles] += part
+        image = grid.join(picture)
+        ctx.save_for_backward(table, image)
+        ctx.plan = plan
+        return image
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, image_gradient: Tensor) -> tuple[Tensor, None]:
+        table, image = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        gradients = plan.grid.split(image_gradient)
+        remaining = plan.grid.split((image * image_gradient).sum(0, keepdim=True))[0]
+        sweep = _Sweep(table, plan)
+        result = table.new_zeros(table.shape[1], len(sweep.table))
+        for tiles, blocks in sweep:
+            gradient, behind = gradients[:, :, tiles], remaining[:, tiles]
+            for block in blocks:
+                rows = _block_gradient(
+                    block, sweep.monomials, gradient[:, :, : block.tiles], behind[:, : block.tiles], plan.clamped
+                )
+                result.scatter_add_(1, block.gaussians.expand(len(rows), -1), rows.flatten(1))
+            remaining[:, tiles] = behind
+        full = torch.zeros_like(table)
+        full[plan.order] = result[:, :-1].T
+        return full, None
+
+
+def _block_gradient(block: _Block, monomials: Tensor, gradient: Tensor, behind: Tensor, clamped: bool) -> Tensor:
+    """Gradient [6 + C, K, n] of a block's rows of the table.
+
+    Args:
+        gradient: [C + 1, P, n] of the picture.
+        behind: [P, n] what this block and all behind it show, times `gradient`; on return without this block.
+        clamped: whether an alpha may have been clamped.
+
+    With T the transmittance before a Gaussian and B what is shown behind it, alpha adds T (channels . gradient) and
+    takes away B / (1 - alpha). As the logarithm of alpha is what has a simple derivative, both are times alpha here.
+    """
+    weights, after = block.weights, block.after
+    channels = block.channels()
+    rows = weights.new_empty(_GEOMETRY + len(channels), *weights.shape[1:])
+    shown = gradient[-1][:, None].expand_as(weights).contiguous()
+    for number, channel in enumerate(channels):
+        of_pixel = gradient[number][:, None]
+        shown.addcmul_(channel, of_pixel)
+        torch.sum(weights * of_pixel, 0, out=rows[_GEOMETRY + number])
+    shown.mul_(weights)
+    left = torch.empty_like(weights)
+    before = behind
+    for layer, now in zip(left.unbind(1), shown.unbind(1), strict=True):
+        torch.sub(before, now, out=layer)
+        before = layer
+    behind.copy_(before)
+    # alpha / (1 - alpha) = weight / transmittance after it, also where both are zero.
+    of_log_alpha = shown.addcmul_(left, weights.div_(after.clamp_min(MIN_TRANSMITTANCE)), value=-1.0)
+    if clamped:
+        of_log_alpha.mul_(block.alphas < MAX_ALPHA)
+    constant, by_x, by_y, by_xx, by_xy, by_yy = (monomials.T @ of_log_alpha.flatten(1)).view(-1, *weights.shape[1:])
+    xx, xy, yy = (block.column(i) for i in (2, 3, 4))
+    x, y = block.middle
+    # The exponent is a polynomial of the pixel with coefficients made of conic and middle: the chain rule, by term.
+    moved_x, moved_y = constant * x + by_x, constant * y + by_y
+    rows[0] = xx * moved_x + xy * moved_y
+    rows[1] = xy * moved_x + yy * moved_y
+    rows[2] = -0.5 * (x * (moved_x + by_x) + by_xx)
+    rows[3] = -(y * moved_x + x * by_y + by_xy)
+    rows[4] = -0.5 * (y * (moved_y + by_y) + by_yy)
+    rows[5] = constant
+    return rows
