@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.assets.gltf_document import Accessor, Document, JsonObject, field, numbers, of_type
-from tokenizer.assets.gltf_materials import default_skin, read_material
-from tokenizer.assets.materials import Skin, linear_to_display
+from tokenizer.assets.gltf_materials import read_material
+from tokenizer.assets.materials import WHITE, Skin, linear_to_display
 from tokenizer.assets.mesh import Floats
 from tokenizer.assets.shapes import Shape, Source, joined
 
@@ -141,7 +141,7 @@ class _Reader:
 
     def _skin(self, number: object) -> int:
         if number not in self._skin_numbers:
-            skin = default_skin()
+            skin = WHITE  # as glTF has it
             if number is not None:
                 skin = read_material(self._document, self._document.item("materials", number), self._source.pictures)
             self._skin_numbers[number] = len(self._skins)

@@ -26,11 +26,6 @@ _OLD_WORKFLOW: Final = "KHR_materials_pbrSpecularGlossiness"
 _FLIP: Final = np.array([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])
 
 
-def default_skin() -> Skin:
-    """What a primitive without a material looks like: white."""
-    return Skin(Material((1.0, 1.0, 1.0, 1.0)))
-
-
 def read_material(document: Document, item: JsonObject, pictures: Pictures) -> Skin:
     """One entry of "materials"."""
     surface = field(item, "pbrMetallicRoughness", dict, {})

@@ -14,12 +14,15 @@ from typing import Final, Literal
 
 import numpy as np
 
-from tokenizer.assets.files import AssetFiles, FolderFiles, MappedFiles, shortened
+from tokenizer.assets.files import AssetFiles, FolderFiles, MappedFiles, MissingFileError, shortened
 from tokenizer.assets.gltf import read_gltf
 from tokenizer.assets.materials import Pictures, Remarks
 from tokenizer.assets.mesh import Mesh
 from tokenizer.assets.obj import read_obj
+from tokenizer.assets.off import read_off
+from tokenizer.assets.ply import read_ply
 from tokenizer.assets.shapes import Shape, Source, to_mesh
+from tokenizer.assets.stl import read_stl
 from tokenizer.errors import InputError
 
 Up = Literal["auto", "y", "z"]
@@ -30,6 +33,9 @@ _READERS: Final[Mapping[str, Callable[[bytes, Source], Shape]]] = {
     ".glb": read_gltf,
     ".gltf": read_gltf,
     ".obj": read_obj,
+    ".ply": read_ply,
+    ".stl": read_stl,
+    ".off": read_off,
 }
 _Y_UP: Final = (".glb", ".gltf", ".obj")
 
@@ -90,8 +96,12 @@ def _load(open_files: Callable[[], AssetFiles], name: str, up: Up, max_faces: in
         data = files.main()
         if not data:
             raise InputError(f"{name}: is empty (0 bytes)")
-        shape = _READERS[ending](data, Source(files, Pictures(remarks), remarks, max_faces))
-        mesh = to_mesh(shape, name)
+        # What overflows or is no number is dropped with its triangle; nobody needs to hear of it twice.
+        with np.errstate(all="ignore"):
+            shape = _READERS[ending](data, Source(files, Pictures(remarks), remarks, max_faces))
+            mesh = to_mesh(shape, name)
+    except MissingFileError as error:
+        raise InputError(f"{name}: {error}") from error
     except InputError:
         raise
     # Whatever a parser raises on bytes that it did not expect, the fault lies in the file.

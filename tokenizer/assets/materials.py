@@ -57,6 +57,13 @@ class Skin:
     uv_set: int = 0
 
 
+PLAIN: Final = Skin(Material())
+"""The grey of what has no material."""
+
+WHITE: Final = Skin(Material((1.0, 1.0, 1.0, 1.0)))
+"""Leaves the colours of corners as they are."""
+
+
 class Pictures:
     """Pictures of one asset, each decoded once, all together below `max_pixels`."""
 

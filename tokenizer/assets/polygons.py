@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,62 @@ from tokenizer.assets.mesh import Floats
 # fan has to do; real assets stay far below (a letter of a font has some fifty corners).
 _MAX_COMPARISONS: Final = 10**9
 _COMPARISONS_AT_ONCE: Final = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class Polygons:
+    """P polygons of n corners each.
+
+    vertices: [P, n] rows of the vertices of the file. numbers: [P] which polygons of the file they are.
+    corners: [P, n, ...] something that belongs to each corner, or None.
+    """
+
+    vertices: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    corners: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Triangles:
+    """faces: [F, 3]. polygons: [F] which polygon of the file a triangle is part of, ascending. corners: [F, 3, ...]."""
+
+    faces: NDArray[np.int64]
+    polygons: NDArray[np.int64]
+    corners: NDArray[Any] | None
+
+
+def cut_polygons(groups: Sequence[Polygons], positions: Floats) -> Triangles:
+    """All polygons of a file as triangles, in the order of the file; those with fewer than three corners vanish.
+
+    Args:
+        groups: in any order; `corners` in all or in none.
+        positions: [V, 3] the vertices.
+
+    Raises:
+        ValueError: a polygon refers to a vertex that does not exist.
+    """
+    faces, polygons, corners = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)], []
+    for count in sorted({group.vertices.shape[1] for group in groups} - {0, 1, 2}):
+        same = [group for group in groups if group.vertices.shape[1] == count]
+        vertices = np.concatenate([group.vertices for group in same])
+        numbers = np.concatenate([group.numbers for group in same])
+        wrong = ((vertices < 0) | (vertices >= len(positions))).any(axis=1)
+        if wrong.any():
+            raise ValueError(f"face {int(numbers[wrong].min()) + 1} refers to a vertex that does not exist")
+        cut = triangulated(positions[vertices])
+        which = np.arange(len(cut))[:, None, None]
+        faces.append(vertices[which, cut].reshape(-1, 3))
+        polygons.append(np.repeat(numbers, count - 2))
+        attached = [group.corners for group in same if group.corners is not None]
+        if attached:
+            table = np.concatenate(attached)
+            corners.append(table[which, cut].reshape(-1, 3, *table.shape[2:]))
+    order = np.argsort(np.concatenate(polygons), kind="stable")
+    return Triangles(
+        np.concatenate(faces)[order],
+        np.concatenate(polygons)[order],
+        np.concatenate(corners)[order] if corners else None,
+    )
 
 
 def triangulated(points: Floats) -> NDArray[np.int64]:
