@@ -9,7 +9,7 @@ digits for Gaussians seen edge on.
 The mip filter (Yu et al., Mip-Splatting, 2024, section 4.2; FORMAT 11) widens the picture by `kernel_size` and lowers
 the opacity by what the widening would add in light, so that a Gaussian smaller than a pixel neither vanishes nor grows.
 
-Shape legend: M Gaussians.
+Shape legend: M Gaussians. Components come first here, [3, M] and not [M, 3]: long rows are what a processor is fast at.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ A Gaussian far to the side of a camera would otherwise spread over the whole pic
 """
 
 MIN_FILTER = 2.5e-5
-"""Least ratio of the determinants before and after the filter: opacity falls by 1/200 at most, as in Mip-Splatting."""
+"""Least ratio of the determinants before and after the filter: opacity falls to 1/200 at most, as in Mip-Splatting."""
 
 MIN_OPACITY = 1e-6
 """Far below anything that is drawn; keeps the logarithm of the opacity finite."""
@@ -41,8 +41,8 @@ MIN_OPACITY = 1e-6
 class Splats:
     """The picture of M Gaussians, in pixels (x right, y down, from the upper left corner); differentiable.
 
-    centres: [M, 2].
-    covariances: [M, 3] xx, xy, yy of the widened ellipse; conics: [M, 3] the same of its inverse.
+    centres: [2, M].
+    covariances: [3, M] xx, xy, yy of the widened ellipse; conics: [3, M] the same of its inverse.
     log_opacities: [M] natural logarithm of the opacity after the filter.
     depths: [M] z of the centre before the camera, in world units.
     in_front: [M] bool. Where it is false, the other fields are finite and mean nothing.
@@ -54,6 +54,23 @@ class Splats:
     log_opacities: Tensor
     depths: Tensor
     in_front: Tensor
+
+
+def axes_of(scales: Tensor, rotations: Tensor) -> Tensor:
+    """[3, 3, M]: for each world axis, the components of the Gaussians' three axes, as long as `scales`.
+
+    Args:
+        scales: [M, 3] standard deviations in world units.
+        rotations: [M, 4] unit quaternions (w, x, y, z).
+    """
+    w, x, y, z = rotations.T.contiguous().unbind()
+    a, b, c = scales.clamp_max(MAX_SCALE).T.contiguous().unbind()
+    rows = [
+        [a * (1 - 2 * (y * y + z * z)), b * (2 * (x * y - w * z)), c * (2 * (x * z + w * y))],
+        [a * (2 * (x * y + w * z)), b * (1 - 2 * (x * x + z * z)), c * (2 * (y * z - w * x))],
+        [a * (2 * (x * z - w * y)), b * (2 * (y * z + w * x)), c * (1 - 2 * (x * x + y * y))],
+    ]
+    return torch.stack([entry for row in rows for entry in row]).unflatten(0, (3, 3))
 
 
 def project(
@@ -69,8 +86,8 @@ def project(
     """Project Gaussians into one view.
 
     Args:
-        means: [M, 3] in the world.
-        axes: [M, 3, 3], columns: the axes of each Gaussian, as long as its standard deviations.
+        means: [3, M] in the world.
+        axes: [3, 3, M] from `axes_of`.
         opacities: [M] in 0..1.
         camera: one view.
         size: (height, width) of the picture in pixels.
@@ -78,36 +95,33 @@ def project(
         near: Gaussians with less depth are not in front.
     """
     height, width = size
-    rotation, offset = camera.world_to_camera[0, :3, :3], camera.world_to_camera[0, :3, 3]
+    rotation, offset = camera.world_to_camera[0, :3, :3], camera.world_to_camera[0, :3, 3:]
     intrinsics = camera.intrinsics[0]
-    local = means @ rotation.T + offset
-    in_front = local[:, 2] > near
+    local = torch.addmm(offset, rotation, means)
+    in_front = local[2] > near
     # Replaced rather than dropped: the gradient of a Gaussian behind the camera is then zero, never 0 x infinity.
-    safe = torch.tensor([0.0, 0.0, 1.0], dtype=local.dtype, device=local.device)
-    local = torch.where(in_front[:, None], local, safe)
-    depth = local[:, 2]
-    slopes = local[:, :2] / depth[:, None]
-    pixels = torch.tensor([width, height], dtype=local.dtype, device=local.device)
-    to_pixels = intrinsics[:2] * pixels[:, None]
-    centres = slopes @ to_pixels[:, :2].T + to_pixels[:, 2]
+    sideways, depth = torch.where(in_front, local[:2], 0.0), torch.where(in_front, local[2], 1.0)
+    nearness = 1.0 / depth
+    slopes = sideways * nearness
+    to_pixels = intrinsics[:2] * torch.tensor([[width], [height]], dtype=local.dtype, device=local.device)
+    scaling, middle = to_pixels[:, :2], to_pixels[:, 2:]
 
+    # d pixel / d (x, y, z) = [scaling | -scaling slopes] / z; turned into the world's axes, one part is the same for all.
     low, high = _slope_limits(intrinsics)
-    limited = torch.minimum(torch.maximum(slopes, low), high)
-    towards = limited @ to_pixels[:, :2].T
-    # d pixel / d (x, y, z) = [to_pixels | -towards] / z; its first part is the same for every Gaussian.
-    across = to_pixels[:, :2] @ rotation[:2]
-    jacobian = (across - towards[:, :, None] * rotation[2]) / depth[:, None, None]
-    first, second = torch.bmm(jacobian, axes).unbind(1)
+    towards = scaling @ torch.minimum(torch.maximum(slopes, low), high)
+    jacobian = (scaling @ rotation[:2])[:, :, None] - towards[:, None] * rotation[2, :, None]
+    first, second = (jacobian * nearness)[:, :, None].mul(axes).sum(1)
 
-    sharp = torch.linalg.cross(first, second).square().sum(1)
-    xx, xy, yy = first.square().sum(1), (first * second).sum(1), second.square().sum(1)
+    (a, b, c), (d, e, f) = first, second
+    sharp = (b * f - c * e).square() + (c * d - a * f).square() + (a * e - b * d).square()
+    xx, xy, yy = first.square().sum(0), (first * second).sum(0), second.square().sum(0)
     determinant = sharp + kernel_size * (xx + yy) + kernel_size**2
     xx, yy = xx + kernel_size, yy + kernel_size
     dimming = 0.5 * (sharp / determinant).clamp_min(MIN_FILTER).log()
     return Splats(
-        centres=centres,
-        covariances=torch.stack([xx, xy, yy], 1),
-        conics=torch.stack([yy, -xy, xx], 1) / determinant[:, None],
+        centres=torch.addmm(middle, scaling, slopes),
+        covariances=torch.stack([xx, xy, yy]),
+        conics=torch.stack([yy, -xy, xx]) / determinant,
         log_opacities=opacities.clamp_min(MIN_OPACITY).log() + dimming,
         depths=depth,
         in_front=in_front,
@@ -115,7 +129,7 @@ def project(
 
 
 def _slope_limits(intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and greatest x / z and y / z [2] of the picture and its margin."""
+    """The least and greatest x / z and y / z [2, 1] of the picture and its margin."""
     focal, centre = intrinsics.diagonal()[:2], intrinsics[:2, 2]
     ends = torch.stack([(-MARGIN - centre) / focal, (1.0 + MARGIN - centre) / focal])
-    return ends.amin(0), ends.amax(0)
+    return ends.amin(0)[:, None], ends.amax(0)[:, None]

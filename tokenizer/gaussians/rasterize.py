@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tokenizer.cameras import Cameras
 from tokenizer.errors import InputError
-from tokenizer.gaussians.attributes import Gaussians, rotation_matrices
-from tokenizer.gaussians.projection import MAX_SCALE, project
+from tokenizer.gaussians.attributes import Gaussians
+from tokenizer.gaussians.projection import axes_of, project
 from tokenizer.gaussians.rasterize_torch import composite
 from tokenizer.model.precision import full_precision
 
@@ -131,12 +131,12 @@ def rasterize_tensors(
             means, scales, rotations, opacities, colours, cameras, (height, width), kernel_size=kernel_size, near=near
         )
     else:
-        axes = rotation_matrices(rotations) * scales.clamp_max(MAX_SCALE)[:, None]
+        axes, centres, shown = axes_of(scales, rotations), means.T.contiguous(), colours.T.contiguous()
         views = []
         for view in range(len(cameras)):
             camera = cameras[view : view + 1]
-            splats = project(means, axes, opacities, camera, (height, width), kernel_size=kernel_size, near=near)
-            views.append(composite(splats, torch.cat([colours, splats.depths[:, None]], 1), (height, width)))
+            splats = project(centres, axes, opacities, camera, (height, width), kernel_size=kernel_size, near=near)
+            views.append(composite(splats, torch.cat([shown, splats.depths[None]]), (height, width)))
         layers = torch.stack(views).movedim(1, -1) if views else means.new_zeros(0, height, width, 5)
         picture, depth, alpha = layers[..., :3], layers[..., 3], layers[..., 4]
         depth = depth / torch.where(alpha > 0, alpha, 1.0)

@@ -27,6 +27,7 @@ Shape legend: G Gaussians front to back, P pixels of a tile, K layers of a block
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenizer.gaussians.projection import Splats
-from tokenizer.gaussians.tiles import MIN_ALPHA, Footprints, TileGrid, TileLists, tile_lists
+from tokenizer.gaussians.tiles import MIN_ALPHA, SORTABLE, Footprints, TileGrid, TileLists, tile_lists
 
 MAX_ALPHA = 0.999
 MIN_TRANSMITTANCE = 1e-4
@@ -54,7 +55,10 @@ _KEPT = 1 << 22
 """Pairs whose lists are kept for the backward pass; beyond, they are made again."""
 
 _GEOMETRY = 6
-"""Columns of a table before its channels: centre x, y, conic xx, xy, yy, logarithm of the opacity."""
+"""Rows of a table before its channels: logarithm of the opacity, centre x, y, conic xx, xy, yy."""
+
+_LEAST_EXPONENT = -10.0
+"""Of alpha; far below `MIN_ALPHA`."""
 
 
 def composite(splats: Splats, channels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -62,7 +66,7 @@ def composite(splats: Splats, channels: Tensor, size: tuple[int, int]) -> Tensor
 
     Args:
         splats: M projected Gaussians.
-        channels: [M, C] what each Gaussian shows.
+        channels: [C, M] what each Gaussian shows.
         size: (height, width).
 
     Returns:
@@ -71,7 +75,7 @@ def composite(splats: Splats, channels: Tensor, size: tuple[int, int]) -> Tensor
     """
     with torch.no_grad():
         plan = _plan(splats, size)
-    table = torch.cat([splats.centres, splats.conics, splats.log_opacities[:, None], channels], 1)
+    table = torch.cat([splats.log_opacities[None], splats.centres, splats.conics, channels])
     image: Tensor = _Composite.apply(table, plan)  # type: ignore[no-untyped-call]
     return image
 
@@ -106,28 +110,26 @@ class _Plan:
 def _plan(splats: Splats, size: tuple[int, int]) -> _Plan:
     footprints = Footprints.of(splats.centres, splats.covariances, splats.log_opacities)
     grids = [TileGrid(*size, tile) for tile in _TILES]
-    touched = torch.stack([footprints.box_tiles(grid) for grid in grids], 1) * splats.in_front[:, None]
-    costs = touched.sum(0).tolist()
-    best = min(range(len(grids)), key=lambda i: costs[i] * (grids[i].pixels + _PAIR_COST))
-    drawn = touched[:, best].nonzero()[:, 0]
+    boxes = [box.mul_(splats.in_front) for box in footprints.boxes(grids)]
+    costs = [float(box.sum()) * (grid.pixels + _PAIR_COST) for box, grid in zip(boxes, grids, strict=True)]
+    best = costs.index(min(costs))
+    drawn = boxes[best].nonzero()[:, 0]
     order = drawn[torch.sort(splats.depths[drawn], stable=True).indices]
-    ends = touched[order, best].cumsum(0).tolist()
+    ends = boxes[best][order].double().cumsum(0).tolist()
     return _Plan(
         order=order,
-        footprints=footprints[order],
+        footprints=footprints.select(order),
         grid=grids[best],
         ranges=list(_ranges(ends, _PAIRS)),
         clamped=bool((splats.log_opacities[order] > math.log(MAX_ALPHA)).any()),
     )
 
 
-def _ranges(ends: list[int], most: int) -> Iterator[tuple[int, int]]:
+def _ranges(ends: list[float], most: int) -> Iterator[tuple[int, int]]:
     """Cut running sums into ranges (first, last + 1) that sum to at most `most`, or hold one entry."""
-    from bisect import bisect_right
-
-    first, before = 0, 0
+    first, before = 0, 0.0
     while first < len(ends):
-        last = max(bisect_right(ends, before + most), first + 1)
+        last = min(max(bisect_right(ends, before + most), first + 1), first + SORTABLE)
         yield first, last
         first, before = last, ends[last - 1]
 
@@ -136,43 +138,41 @@ def _ranges(ends: list[int], most: int) -> Iterator[tuple[int, int]]:
 class _Block:
     """Layers of the lists of the first n tiles of a range.
 
-    gaussians: [K * n] rows of the table; `table` [K * n, 6 + C] is those rows.
+    gaussians: [K * n] rows of the table.
     middle: [2, K, n] middle of the tile less centre of the Gaussian.
+    curves: [3, K, n] xx, xy, yy of the conic, times -1/2, -1, -1/2.
+    channels: [C, K, n].
+    alphas: [P, K, n].
     weights: [P, K, n] alpha times transmittance, zero where nothing is drawn.
-    alphas: [P, K, n]. after: [P, K, n] transmittance behind each layer, zero once the pixel is finished.
+    after: [P, K, n] transmittance behind each layer, zero once the pixel is finished.
     """
 
     gaussians: Tensor
-    table: Tensor
     middle: Tensor
+    curves: Tensor
+    channels: Tensor
     alphas: Tensor
     weights: Tensor
     after: Tensor
 
     @property
     def tiles(self) -> int:
+        """n, tiles of the block."""
         return self.weights.shape[2]
-
-    def column(self, number: int) -> Tensor:
-        """[K, n] of the table."""
-        return self.table[:, number].view(self.weights.shape[1:])
-
-    def channels(self) -> Tensor:
-        """[C, K, n]."""
-        return self.table[:, _GEOMETRY:].T.contiguous().view(-1, *self.weights.shape[1:])
 
 
 class _Sweep:
     """One pass over all layers, front to back."""
 
     def __init__(self, table: Tensor, plan: _Plan) -> None:
-        # One more row that draws nothing fills up blocks.
-        nothing = table.new_zeros(1, table.shape[1])
-        nothing[0, 5] = -1e4
-        self.table = torch.cat([table[plan.order], nothing])
+        # One more Gaussian that draws nothing fills up blocks.
+        nothing = table.new_zeros(len(table), 1)
+        nothing[0] = _LEAST_EXPONENT
+        self.table = torch.cat([table.index_select(1, plan.order), nothing], 1)
+        self.table[3:6] *= table.new_tensor([[-0.5], [-1.0], [-0.5]])
         self.plan = plan
         x, y = plan.grid.offsets(table.dtype, table.device)
-        self.monomials = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], 1)
+        self.monomials = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y])
         inside = table.new_ones(1, plan.grid.height, plan.grid.width)
         # Pixels of a tile outside the picture are finished from the start.
         self.transmittance = plan.grid.split(inside)[0]
@@ -186,27 +186,30 @@ class _Sweep:
                 yield lists.tiles, self._blocks(lists)
 
     def _blocks(self, lists: TileLists) -> Iterator[_Block]:
-        transmittance = self.transmittance[:, lists.tiles]
+        transmittance = self.transmittance.index_select(1, lists.tiles)
         middles = self.plan.grid.middles(lists.tiles, self.table.dtype)
         for first, layers, count in lists.layers(self.plan.grid.pixels, _ELEMENTS, _LAYERS):
-            gaussians = lists.entries(first, layers, count, len(self.table) - 1)
+            gaussians = lists.entries(first, layers, count, self.table.shape[1] - 1)
             block = self._block(gaussians, middles[:, :count], transmittance[:, :count])
             transmittance[:, :count] = block.after[:, -1]
             yield block
         self.transmittance[:, lists.tiles] = transmittance
 
     def _block(self, gaussians: Tensor, middles: Tensor, before: Tensor) -> _Block:
-        table = self.table.index_select(0, gaussians)
         count = middles.shape[1]
-        x, y, xx, xy, yy, log_opacity = (table[:, i].view(-1, count) for i in range(_GEOMETRY))
-        middle = torch.stack([middles[0] - x, middles[1] - y])
-        along_x, along_y = xx * middle[0] + xy * middle[1], xy * middle[0] + yy * middle[1]
-        constant = log_opacity - 0.5 * (along_x * middle[0] + along_y * middle[1])
-        polynomial = torch.stack([constant, -along_x, -along_y, -0.5 * xx, -xy, -0.5 * yy])
-        alphas = (self.monomials @ polynomial.flatten(1)).unflatten(1, (-1, count))
-        torch.threshold_(alphas.exp_().clamp_max_(MAX_ALPHA), MIN_ALPHA, 0.0)
+        polynomial = self.table.index_select(1, gaussians).unflatten(1, (-1, count))
+        constant, x, y, xx, xy, yy = polynomial[:_GEOMETRY]
+        middle = middles[:, None] - polynomial[1:3]
+        # In place: seen from the middle of the tile, the centre becomes the slope of the exponent there.
+        torch.mul(xy, middle[1], out=x).addcmul_(xx, middle[0], value=2.0)
+        torch.mul(xy, middle[0], out=y).addcmul_(yy, middle[1], value=2.0)
+        constant.addcmul_(x, middle[0], value=0.5).addcmul_(y, middle[1], value=0.5)
+        exponents = self.monomials.T @ polynomial[:_GEOMETRY].flatten(1)
+        # Exponentials too small for a normal number take ten times as long.
+        alphas = exponents.clamp_(_LEAST_EXPONENT, math.log(MAX_ALPHA)).exp_().unflatten(1, (-1, count))
+        torch.threshold_(alphas, MIN_ALPHA, 0.0)
 
-        passing = torch.empty(len(alphas), alphas.shape[1] + 1, count, dtype=table.dtype, device=table.device)
+        passing = alphas.new_empty(len(alphas), alphas.shape[1] + 1, count)
         weights = torch.empty_like(alphas)
         passing[:, 0] = before
         step = passing.unbind(1)
@@ -217,21 +220,21 @@ class _Sweep:
         if float(step[-1].min()) <= MIN_TRANSMITTANCE:
             torch.threshold_(after, MIN_TRANSMITTANCE, 0.0)
             # As alpha is at most MAX_ALPHA, a weight is less than 1000 times what is left, unless that was set to zero.
-            torch.minimum(weights, after / (1.0 - MAX_ALPHA) * 1.001, out=weights)
-        return _Block(gaussians, table, middle, alphas, weights, after)
+            torch.minimum(weights, after * (1.001 / (1.0 - MAX_ALPHA)), out=weights)
+        return _Block(gaussians, middle, polynomial[3:6], polynomial[_GEOMETRY:], alphas, weights, after)
 
 
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, plan: _Plan) -> Tensor:
-        channels = table.shape[1] - _GEOMETRY
+        channels = len(table) - _GEOMETRY
         grid = plan.grid
         picture = table.new_zeros(channels + 1, grid.pixels, grid.tiles)
         for tiles, blocks in _Sweep(table, plan):
             part = table.new_zeros(channels + 1, grid.pixels, len(tiles))
             for block in blocks:
                 shown = part[:-1, :, : block.tiles]
-                for weight, channel in zip(block.weights.unbind(1), block.channels().unbind(1), strict=True):
+                for weight, channel in zip(block.weights.unbind(1), block.channels.unbind(1), strict=True):
                     shown.addcmul_(weight[None], channel[:, None])
                 part[-1, :, : block.tiles] += block.weights.sum(1)
             picture[:, :, tiles] += part
@@ -248,9 +251,9 @@ class _Composite(torch.autograd.Function):
         gradients = plan.grid.split(image_gradient)
         remaining = plan.grid.split((image * image_gradient).sum(0, keepdim=True))[0]
         sweep = _Sweep(table, plan)
-        result = table.new_zeros(table.shape[1], len(sweep.table))
+        result = torch.zeros_like(sweep.table)
         for tiles, blocks in sweep:
-            gradient, behind = gradients[:, :, tiles], remaining[:, tiles]
+            gradient, behind = gradients.index_select(2, tiles), remaining.index_select(1, tiles)
             for block in blocks:
                 rows = _block_gradient(
                     block, sweep.monomials, gradient[:, :, : block.tiles], behind[:, : block.tiles], plan.clamped
@@ -258,12 +261,12 @@ class _Composite(torch.autograd.Function):
                 result.scatter_add_(1, block.gaussians.expand(len(rows), -1), rows.flatten(1))
             remaining[:, tiles] = behind
         full = torch.zeros_like(table)
-        full[plan.order] = result[:, :-1].T
+        full[:, plan.order] = result[:, :-1]
         return full, None
 
 
 def _block_gradient(block: _Block, monomials: Tensor, gradient: Tensor, behind: Tensor, clamped: bool) -> Tensor:
-    """Gradient [6 + C, K, n] of a block's rows of the table.
+    """Gradient [6 + C, K, n] of a block's entries of the table.
 
     Args:
         gradient: [C + 1, P, n] of the picture.
@@ -274,10 +277,10 @@ def _block_gradient(block: _Block, monomials: Tensor, gradient: Tensor, behind: 
     takes away B / (1 - alpha). As the logarithm of alpha is what has a simple derivative, both are times alpha here.
     """
     weights, after = block.weights, block.after
-    channels = block.channels()
-    rows = weights.new_empty(_GEOMETRY + len(channels), *weights.shape[1:])
-    shown = gradient[-1][:, None].expand_as(weights).contiguous()
-    for number, channel in enumerate(channels):
+    rows = weights.new_empty(_GEOMETRY + len(block.channels), *weights.shape[1:])
+    shown = torch.empty_like(weights)
+    shown[:] = gradient[-1][:, None]
+    for number, channel in enumerate(block.channels):
         of_pixel = gradient[number][:, None]
         shown.addcmul_(channel, of_pixel)
         torch.sum(weights * of_pixel, 0, out=rows[_GEOMETRY + number])
@@ -292,15 +295,15 @@ def _block_gradient(block: _Block, monomials: Tensor, gradient: Tensor, behind: 
     of_log_alpha = shown.addcmul_(left, weights.div_(after.clamp_min(MIN_TRANSMITTANCE)), value=-1.0)
     if clamped:
         of_log_alpha.mul_(block.alphas < MAX_ALPHA)
-    constant, by_x, by_y, by_xx, by_xy, by_yy = (monomials.T @ of_log_alpha.flatten(1)).view(-1, *weights.shape[1:])
-    xx, xy, yy = (block.column(i) for i in (2, 3, 4))
+    constant, by_x, by_y, by_xx, by_xy, by_yy = (monomials @ of_log_alpha.flatten(1)).view(-1, *weights.shape[1:])
+    xx, xy, yy = block.curves
     x, y = block.middle
     # The exponent is a polynomial of the pixel with coefficients made of conic and middle: the chain rule, by term.
-    moved_x, moved_y = constant * x + by_x, constant * y + by_y
-    rows[0] = xx * moved_x + xy * moved_y
-    rows[1] = xy * moved_x + yy * moved_y
-    rows[2] = -0.5 * (x * (moved_x + by_x) + by_xx)
-    rows[3] = -(y * moved_x + x * by_y + by_xy)
-    rows[4] = -0.5 * (y * (moved_y + by_y) + by_yy)
-    rows[5] = constant
+    moved_x, moved_y = torch.addcmul(by_x, constant, x), torch.addcmul(by_y, constant, y)
+    rows[0] = constant
+    rows[1] = -2.0 * xx * moved_x - xy * moved_y
+    rows[2] = -xy * moved_x - 2.0 * yy * moved_y
+    rows[3] = -0.5 * (x * (moved_x + by_x) + by_xx)
+    rows[4] = -(y * moved_x + x * by_y + by_xy)
+    rows[5] = -0.5 * (y * (moved_y + by_y) + by_yy)
     return rows

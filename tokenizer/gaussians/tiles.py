@@ -3,7 +3,7 @@
 A Gaussian is cut where its alpha falls to `MIN_ALPHA`: an ellipse, the smaller the fainter it is. Its box gives the
 rows of tiles it can touch, and the extent of the ellipse within each row gives the columns, exactly.
 
-Shape legend: G Gaussians in order of depth, P pixels of a tile, L pairs of a tile and a Gaussian.
+Shape legend: G Gaussians in order of depth, P pixels of a tile, L pairs of a tile and a Gaussian, n tiles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch import Tensor
 
 MIN_ALPHA = 1.0 / 255.0
 """Where the alpha of a Gaussian is not above this, it is cut."""
+
+SORTABLE = 1 << 16
+"""Lists of at most so many tiles and Gaussians are sorted by numbers of 32 bits, which numpy does fastest."""
 
 _SLACK = 1e-3
 """Pixels added to every extent, more than the rounding of float32 and far less than the distance of two pixels."""
@@ -78,10 +81,9 @@ class TileGrid:
 class Footprints:
     """The ellipses that are drawn of G Gaussians.
 
-    centres: [G, 2] in pixels.
-    covariances: [G, 3] xx, xy, yy.
-    reach: [G] square of the Mahalanobis distance at which alpha falls to `MIN_ALPHA`; not positive where it never rises
-        above.
+    centres: [2, G] in pixels.
+    covariances: [3, G] xx, xy, yy.
+    reach: [G] square of the Mahalanobis distance at which alpha falls to `MIN_ALPHA`; negative where it is never above.
     """
 
     centres: Tensor
@@ -92,35 +94,43 @@ class Footprints:
     def of(centres: Tensor, covariances: Tensor, log_opacities: Tensor) -> Footprints:
         return Footprints(centres, covariances, 2.0 * (log_opacities - math.log(MIN_ALPHA)))
 
-    def __getitem__(self, rows: slice | Tensor) -> Footprints:
-        return Footprints(self.centres[rows], self.covariances[rows], self.reach[rows])
+    def __getitem__(self, rows: slice) -> Footprints:
+        return Footprints(self.centres[:, rows], self.covariances[:, rows], self.reach[rows])
 
-    def box(self, grid: TileGrid) -> tuple[Tensor, Tensor]:
-        """First and last [G, 2] column and row of tiles; a last before the first where nothing is drawn."""
-        reach = self.reach.clamp_min(0.0)[:, None]
-        half = (reach * self.covariances[:, ::2]).sqrt() + _SLACK
-        first, last = tile_range(self.centres - half, self.centres + half, grid)
-        return first, torch.where(self.reach[:, None] > 0, last, -1)
+    def select(self, rows: Tensor) -> Footprints:
+        """The Gaussians `rows` [any] in that order."""
+        return Footprints(
+            self.centres.index_select(1, rows), self.covariances.index_select(1, rows), self.reach.index_select(0, rows)
+        )
 
-    def box_tiles(self, grid: TileGrid) -> Tensor:
-        """[G] int64: tiles of each box, no fewer than the Gaussian touches."""
-        first, last = self.box(grid)
-        return (last - first + 1).clamp_min(0).prod(dim=1)
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Half the width and height [G] of each ellipse; not a number where nothing is drawn."""
+        return (self.reach * self.covariances[0]).sqrt(), (self.reach * self.covariances[2]).sqrt()
+
+    def boxes(self, grids: list[TileGrid]) -> list[Tensor]:
+        """For each grid [G] floating: tiles of the ellipses' boxes, no fewer than they touch."""
+        counts = []
+        (x, y), (across, down) = self.centres, self.halves()
+        for grid in grids:
+            left, right = _tile_range(x - across, x + across, grid.tile, grid.columns)
+            top, bottom = _tile_range(y - down, y + down, grid.tile, grid.rows)
+            tiles = (right - left + 1.0).clamp_min_(0.0) * (bottom - top + 1.0).clamp_min_(0.0)
+            counts.append(tiles.nan_to_num_(0.0))
+        return counts
 
 
-def tile_range(low: Tensor, high: Tensor, grid: TileGrid) -> tuple[Tensor, Tensor]:
-    """First and last column and row of the tiles with a pixel centre between low and high [..., 2] (x, y)."""
-    most = torch.tensor([grid.columns, grid.rows], device=low.device)
-    first = torch.ceil((low + 0.5) / grid.tile - 1.0).clamp_min(0.0)
-    last = torch.floor((high - 0.5) / grid.tile).clamp_min(-1.0)
-    return torch.minimum(first, most).long(), torch.minimum(last, most - 1).long()
+def _tile_range(low: Tensor, high: Tensor, tile: int, most: int) -> tuple[Tensor, Tensor]:
+    """First and last (floating) of `most` tiles in a row that have a pixel centre in low..high."""
+    first = ((low + (0.5 - _SLACK)) / tile - 1.0).ceil_().clamp_(0.0, most)
+    last = ((high + (_SLACK - 0.5)) / tile).floor_().clamp_(-1.0, most - 1.0)
+    return first, last
 
 
 @dataclass(frozen=True, slots=True)
 class TileLists:
     """The Gaussians of every tile that has any, front to back; tiles with longer lists come first.
 
-    gaussians: [L] int32 rows of the footprints, list after list in the order of tiles.
+    gaussians: [L] int64 rows of the footprints, list after list in the order of `tiles`.
     tiles: [n] int64 numbers of tiles, by falling length of their lists.
     starts / lengths: [n] int64, where the list of each begins in `gaussians`, and how long it is.
     host_lengths: `lengths` as numbers.
@@ -133,7 +143,7 @@ class TileLists:
     host_lengths: list[int]
 
     def layers(self, pixels: int, elements: int, least: int) -> Iterator[tuple[int, int, int]]:
-        """Cut the lists into blocks (first, count, n): entries first .. first + count of the n longest lists.
+        """Cut the lists into blocks (first, layers, count): entries first .. first + layers of the longest lists.
 
         A block holds about `elements` alphas, but at least `least` layers. Tiles whose lists are no longer than `first`
         drop out, so that no more than a block is ever padded.
@@ -150,35 +160,31 @@ class TileLists:
         """[layers * count] int64 rows of a block, layer after layer; `nothing` beyond the end of a list."""
         layer = torch.arange(first, first + layers, device=self.starts.device)[:, None]
         places = (self.starts[:count] + layer).clamp_max_(len(self.gaussians) - 1)
-        rows = self.gaussians[places].long()
+        rows = self.gaussians.index_select(0, places.flatten())
         if self.host_lengths[count - 1] < first + layers:
-            rows = torch.where(layer < self.lengths[:count], rows, nothing)
-        return rows.flatten()
+            rows = torch.where((layer < self.lengths[:count]).flatten(), rows, nothing)
+        return rows
 
 
 def tile_lists(footprints: Footprints, grid: TileGrid, live: Tensor) -> TileLists:
     """List the Gaussians of each tile.
 
     Args:
-        footprints: G Gaussians, front to back.
+        footprints: G Gaussians, front to back, all of which draw something.
         grid: the tiles.
         live: [tiles] bool; tiles that nothing behind can change get no list.
     """
-    gaussian, row = _spread(*(ends[:, 1] for ends in footprints.box(grid)))
-    first, last = _columns(footprints, grid, gaussian, row)
-    pair, column = _spread(first, last)
-    tile = row[pair] * grid.columns + column
-    gaussian = gaussian[pair]
+    gaussian, tile = _pairs(footprints, grid)
     if not bool(live.all()):
-        kept = live[tile]
-        tile, gaussian = tile[kept], gaussian[kept]
+        kept = live.index_select(0, tile).nonzero()[:, 0]
+        gaussian, tile = gaussian.index_select(0, kept), tile.index_select(0, kept)
     lengths, tiles = torch.sort(torch.bincount(tile, minlength=grid.tiles), descending=True, stable=True)
     rank = torch.empty_like(tiles)
     rank[tiles] = torch.arange(len(tiles), device=tiles.device)
     host_lengths = [length for length in lengths.tolist() if length]
     lengths = lengths[: len(host_lengths)]
     return TileLists(
-        gaussians=gaussian[_stable_order(rank[tile], grid.tiles)].int(),
+        gaussians=_grouped(rank.index_select(0, tile), gaussian, max(grid.tiles, len(footprints.reach))),
         tiles=tiles[: len(host_lengths)],
         starts=lengths.cumsum(0) - lengths,
         lengths=lengths,
@@ -186,44 +192,47 @@ def tile_lists(footprints: Footprints, grid: TileGrid, live: Tensor) -> TileList
     )
 
 
-def _spread(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranges [n] -> (range, number) [sum of lengths]: every number of each range, first to last."""
-    counts = (last - first + 1).clamp_min(0)
-    owner = torch.repeat_interleave(counts)
-    shift = first - (counts.cumsum(0) - counts)
-    return owner, shift[owner] + torch.arange(len(owner), device=owner.device)
-
-
-def _columns(footprints: Footprints, grid: TileGrid, gaussian: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last column of tiles that Gaussian `gaussian` [n] touches in the row `row` [n] of tiles.
+def _pairs(footprints: Footprints, grid: TileGrid) -> tuple[Tensor, Tensor]:
+    """Every Gaussian [L] with every tile [L] it touches, in the order of the Gaussians.
 
     Over the line y (from its centre) the ellipse (x, y) C^-1 (x, y)^T = reach spans
     x = y xy / yy +- sqrt((reach - y^2 / yy) det C / yy). Its right edge is concave in y with the tip at
-    y = xy sqrt(reach / xx), its left edge convex with the tip opposite, so within a row of pixels the widest line is
+    y = xy sqrt(reach / xx), its left edge convex with the tip opposite, so within a row of tiles the widest line is
     the one nearest to the tip.
     """
-    xx, xy, yy = footprints.covariances.unbind(1)
-    reach = footprints.reach.clamp_min(0.0)
-    parts = [*footprints.centres.unbind(1), xy / yy, 1.0 / yy, xx - xy * xy / yy]
-    parts += [reach, (reach * yy).sqrt(), xy * (reach / xx).sqrt()]
-    x, y, slope, narrow, wide, reach, half, tip = torch.stack(parts, 1)[gaussian].unbind(1)
-    top = row * grid.tile + 0.5 - y
-    lowest, highest = top - _SLACK, top + (grid.tile - 1 + _SLACK)
-    lowest, highest = torch.maximum(lowest, -half), torch.minimum(highest, half)
+    xx, xy, yy = footprints.covariances
+    x, y = footprints.centres
+    across, down = footprints.halves()
+    gaussian, row = _spread(*_tile_range(y - down, y + down, grid.tile, grid.rows))
+    slope = xy / yy
+    parts = torch.stack([x, y, slope, 1.0 / yy, xx - slope * xy, footprints.reach, down, xy * across / xx])
+    x, y, slope, narrow, wide, reach, down, tip = parts.index_select(1, gaussian)
+    top = row.to(y.dtype) * grid.tile + 0.5 - y
+    lowest, highest = torch.maximum(top, -down), torch.minimum(top + (grid.tile - 1), down)
 
-    def edge(side: float) -> Tensor:
-        line = torch.minimum(torch.maximum(side * tip, lowest), highest)
-        span = ((reach - line * line * narrow).clamp_min(0.0) * wide.clamp_min(0.0)).sqrt()
-        return x + slope * line + side * (span + _SLACK)
+    def edge(line: Tensor, side: float) -> Tensor:
+        line = torch.minimum(torch.maximum(line, lowest), highest)
+        span = (reach - line.square() * narrow).clamp_min_(0.0).mul_(wide.clamp_min(0.0)).sqrt_()
+        return torch.addcmul(x, slope, line).add_(span, alpha=side)
 
-    ends = [torch.stack([edge(side), y], 1) for side in (-1.0, 1.0)]
-    first, last = tile_range(ends[0], ends[1], grid)
-    return first[:, 0], last[:, 0]
+    pair, column = _spread(*_tile_range(edge(-tip, -1.0), edge(tip, 1.0), grid.tile, grid.columns))
+    tile = (row * grid.columns).index_select(0, pair).add_(column)
+    return gaussian.index_select(0, pair), tile
 
 
-def _stable_order(keys: Tensor, bound: int) -> Tensor:
-    """Stable argsort of keys [L] in 0 .. bound - 1."""
-    if keys.device.type == "cpu" and bound <= 1 << 16:
-        # numpy sorts 16 bits by radix, several times faster than torch compares.
-        return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))
-    return torch.sort(keys.int(), stable=True).indices
+def _spread(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges [n] (floating) -> (range, number) [sum of lengths] int64: every number of each range, first to last."""
+    first = first.long()
+    counts = (last.long() - first + 1).clamp_min_(0)
+    owner = torch.repeat_interleave(counts)
+    shift = first - (counts.cumsum(0) - counts)
+    return owner, torch.arange(len(owner), device=owner.device).add_(shift.index_select(0, owner))
+
+
+def _grouped(group: Tensor, gaussian: Tensor, bound: int) -> Tensor:
+    """`gaussian` [L], ascending, sorted by `group` [L]; both are below `bound`."""
+    if group.device.type == "cpu" and bound <= SORTABLE:
+        keys = group.mul(SORTABLE).add_(gaussian).numpy().astype(np.uint32)
+        keys.sort()
+        return torch.from_numpy((keys & np.uint32(SORTABLE - 1)).astype(np.int64))
+    return gaussian.index_select(0, torch.sort(group, stable=True).indices)
