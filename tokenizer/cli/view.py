@@ -20,7 +20,7 @@ def view(source: str, out: str | None, *, max_gaussians: int | None, open_page: 
 
     Args:
         source: the .ply file.
-        out: the page, or a folder for it; without it the page lies beside the source.
+        out: the page, or a folder for it; without it the page lies beside the source and replaces nothing but pages.
         max_gaussians: of more, the most visible are shown; None for the viewer's default.
         open_page: show it in the browser of this machine.
         as_json: as for `run_jobs`.
@@ -43,12 +43,22 @@ def view(source: str, out: str | None, *, max_gaussians: int | None, open_page: 
 
 def _target(source: Path, out: str | None) -> Path:
     if out is None:
-        return source.with_suffix(".html")
+        beside = source.with_suffix(".html")
+        if beside.exists() and not _is_page(beside):
+            raise InputError(f"{beside}: exists and is not a page of atoken view; choose another name with --out")
+        return beside
     if out.endswith("/") or Path(out).is_dir():
         return Path(out) / f"{source.stem}.html"
     if Path(out).suffix.lower() not in ENDINGS:
         raise InputError(f"--out {out}: pages end in {', '.join(ENDINGS)}; for a folder write {out}/")
     return Path(out)
+
+
+def _is_page(path: Path) -> bool:
+    from tokenizer.viewer.page import MARK
+
+    with path.open("rb") as file:
+        return MARK.encode("ascii") in file.read(2048)
 
 
 def _write(job: Job, max_gaussians: int | None) -> Result:

@@ -7,7 +7,7 @@ Planes one after the other, little-endian, so that the page can lay typed arrays
     scales    uint16  [M, 3]  logarithms, evenly between the least and the greatest
     paint     uint16  [M, 4]  red, green, blue from 0 to the greatest, opacity from 0 to 1
 
-A rotation is off by 0.14 degrees at most; a scale by half a step, which is 0.01 % where the scales span three decades.
+A rotation is off by 0.28 degrees at most; a scale by half a step, which is 0.01 % where the scales span six decades.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _pack_rotations(quaternions: NDArray[np.float64]) -> NDArray[np.uint32]:
     # The others are at most 1 / sqrt(2) in size.
     small = signed[rows[:, None], others] * math.sqrt(2)
     levels = np.rint((np.clip(small, -1, 1) + 1) / 2 * 1023).astype(np.uint32)
-    packed = largest.astype(np.uint32) << 30 | levels[:, 0] << 20 | levels[:, 1] << 10 | levels[:, 2]
+    shifted: NDArray[np.uint32] = levels << np.array([20, 10, 0], dtype=np.uint32)
+    packed: NDArray[np.uint32] = np.bitwise_or.reduce(shifted, axis=1) | largest.astype(np.uint32) << np.uint32(30)
     return packed.astype("<u4")
 
 

@@ -25,6 +25,9 @@ MAX_GAUSSIANS: Final = 500_000
 MOST_GAUSSIANS: Final = 10_000_000
 """Browsers take no string of 512 MB or more."""
 
+MARK: Final = '<meta name="generator" content="atoken view">'
+"""By which a page is known again, in its first 2 KB."""
+
 _SCRIPTS: Final = ("scene.js", "camera.js", "painter.js", "controls.js", "viewer.js")
 _PLACEHOLDER: Final = re.compile(r"\{\{(\w+)\}\}")
 
@@ -57,6 +60,7 @@ def splat_page(gaussians: Gaussians, name: str, *, max_gaussians: int = MAX_GAUS
     parts = {
         "title": html.escape(title),
         "count": html.escape(count),
+        "mark": MARK,
         "style": _resource("viewer.css"),
         "script": "\n".join(map(_resource, _SCRIPTS)),
         # Nothing in a JSON script may look like the end of the script.
