@@ -11,10 +11,22 @@ from numpy.typing import NDArray
 
 from tokenizer.assets.mesh import Floats
 
-# Looking for ears takes time that grows with the cube of the corners. Beyond this number of comparisons in one call a
-# fan has to do; real assets stay far below (a letter of a font has some fifty corners).
-_MAX_COMPARISONS: Final = 10**9
-_COMPARISONS_AT_ONCE: Final = 2**21
+_CORNERS_AT_ONCE: Final = 2**17
+
+
+class Budget:
+    """Comparisons that the search for ears may take; they can grow with the cube of the corners.
+
+    The default lasts some ten seconds, real assets need a small part of it. Afterwards fans have to do.
+    """
+
+    def __init__(self, comparisons: int = 500_000_000) -> None:
+        self._left = comparisons
+
+    def allows(self, comparisons: int) -> bool:
+        """Take so many, if they are left."""
+        self._left -= comparisons
+        return self._left >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ def cut_polygons(groups: Sequence[Polygons], positions: Floats) -> Triangles:
     Raises:
         ValueError: a polygon refers to a vertex that does not exist.
     """
+    budget = Budget()
     faces, polygons, corners = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)], []
     for count in sorted({group.vertices.shape[1] for group in groups} - {0, 1, 2}):
         same = [group for group in groups if group.vertices.shape[1] == count]
@@ -57,7 +70,7 @@ def cut_polygons(groups: Sequence[Polygons], positions: Floats) -> Triangles:
         wrong = ((vertices < 0) | (vertices >= len(positions))).any(axis=1)
         if wrong.any():
             raise ValueError(f"face {int(numbers[wrong].min()) + 1} refers to a vertex that does not exist")
-        cut = triangulated(positions[vertices])
+        cut = triangulated(positions[vertices], budget)
         which = np.arange(len(cut))[:, None, None]
         faces.append(vertices[which, cut].reshape(-1, 3))
         polygons.append(np.repeat(numbers, count - 2))
@@ -73,18 +86,18 @@ def cut_polygons(groups: Sequence[Polygons], positions: Floats) -> Triangles:
     )
 
 
-def triangulated(points: Floats) -> NDArray[np.int64]:
+def triangulated(points: Floats, budget: Budget) -> NDArray[np.int64]:
     """Cut P polygons of n corners each into triangles of the same sense of rotation.
 
     Args:
         points: [P, n, 3] corners in order, n at least 3. Polygons should be flat, but need not be.
+        budget: for those that are not convex.
 
     Returns:
         [P, n - 2, 3] numbers of corners.
     """
     count, n = points.shape[:2]
-    fan = np.stack([np.zeros(n - 2, dtype=np.int64), np.arange(1, n - 1), np.arange(2, n)], axis=1)
-    triangles: NDArray[np.int64] = np.repeat(fan[None], count, axis=0)
+    triangles: NDArray[np.int64] = np.repeat(_fan(n)[None], count, axis=0)
     if n == 3:
         return triangles
     reflex = _reflex_corners(points)
@@ -92,11 +105,16 @@ def triangulated(points: Floats) -> NDArray[np.int64]:
         # The diagonal has to start at the corner that points inwards.
         triangles = (triangles + np.argmax(reflex, axis=1)[:, None, None]) % 4
         return triangles
-    concave = np.flatnonzero(reflex.any(axis=1))[: _MAX_COMPARISONS // n**3]
-    for some in np.array_split(concave, max(1, -(-len(concave) * n**2 // _COMPARISONS_AT_ONCE))):
+    concave = np.flatnonzero(reflex.any(axis=1))
+    for some in np.array_split(concave, len(concave) * n // _CORNERS_AT_ONCE + 1):
         if len(some):
-            triangles[some] = _ears(_flattened(points[some]))
+            triangles[some] = _ears(_flattened(points[some]), budget)
     return triangles
+
+
+def _fan(n: int) -> NDArray[np.int64]:
+    """[n - 2, 3] numbers of corners."""
+    return np.stack([np.zeros(n - 2, dtype=np.int64), np.arange(1, n - 1), np.arange(2, n)], axis=1)
 
 
 def _reflex_corners(points: Floats) -> NDArray[np.bool_]:
@@ -129,27 +147,47 @@ def _flattened(points: Floats) -> Floats:
     return flat
 
 
-def _ears(points: Floats) -> NDArray[np.int64]:
+def _ears(points: Floats, budget: Budget) -> NDArray[np.int64]:
     """[P, n - 2, 3] triangles of simple polygons [P, n, 2]: cut off corners whose triangle holds no other corner."""
     count, n = points.shape[:2]
     which = np.arange(count)
     left = np.tile(np.arange(n), (count, 1))  # [P, m] the corners that are left, m falls from n to 3
+    ears = np.zeros((count, n), dtype=bool)  # [P, m] those of them that are known to be ears; a cut may free others
     triangles = np.empty((count, n - 2, 3), dtype=np.int64)
     for cut in range(n - 3):
-        corners = np.stack([np.roll(left, 1, axis=1), left, np.roll(left, -1, axis=1)], axis=2)
-        place = np.argmax(_ear_corners(points[which[:, None], left]), axis=1)
-        triangles[:, cut] = corners[which, place]
-        kept = np.arange(n - cut) != place[:, None]
-        left = left[kept].reshape(count, -1)
+        m = n - cut
+        stuck = ~ears.any(axis=1)
+        if not budget.allows(int(stuck.sum()) * m**2 + 2 * count * m):
+            triangles[:, cut:] = left[:, _fan(m)]
+            return triangles
+        ears[stuck] = _all_ears(points[which[stuck, None], left[stuck]])
+        place = np.argmax(ears, axis=1)
+        ends = np.stack([place - 1, place, place + 1], axis=1) % m
+        triangles[:, cut] = left[which[:, None], ends]
+        kept = np.arange(m) != place[:, None]
+        left, ears = (table[kept].reshape(count, m - 1) for table in (left, ears))
+        # The cut changes the triangles of its two neighbours only.
+        ring = points[which[:, None], left]
+        for neighbour in ((place - 1) % (m - 1), place % (m - 1)):
+            ears[which, neighbour] = _are_ears(ring, neighbour[:, None])[:, 0]
     triangles[:, -1] = left
     return triangles
 
 
-def _ear_corners(ring: Floats) -> NDArray[np.bool_]:
+def _all_ears(ring: Floats) -> NDArray[np.bool_]:
     """[P, m] which corners of polygons [P, m, 2] can be cut off."""
-    a, b, c = np.roll(ring, 1, axis=1), ring, np.roll(ring, -1, axis=1)
-    others = ring[:, None]  # [P, 1, m, 2] against the triangles [P, m, 1, 2]
-    blocked = np.ones((*ring.shape[:2], ring.shape[1]), dtype=bool)
+    count, m = ring.shape[:2]
+    corners = [_are_ears(ring, np.full((count, 1), corner)) for corner in range(m)]
+    return np.concatenate(corners, axis=1)
+
+
+def _are_ears(ring: Floats, corners: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[P, k] whether corners [P, k] of polygons [P, m, 2] can be cut off."""
+    m = ring.shape[1]
+    which = np.arange(len(ring))[:, None]
+    a, b, c = (ring[which, (corners + step) % m] for step in (-1, 0, 1))
+    others = ring[:, None]  # [P, 1, m, 2] against the triangles [P, k, 1, 2]
+    blocked = np.ones((*corners.shape, m), dtype=bool)
     for start, end in ((a, b), (b, c), (c, a)):
         blocked &= _area(start[:, :, None], end[:, :, None], others) >= 0
         # Neither the triangle's own corners block it, nor others at the same place, where an outline touches itself.
