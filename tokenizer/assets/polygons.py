@@ -160,7 +160,8 @@ def _ears(points: Floats, budget: Budget) -> NDArray[np.int64]:
         if not budget.allows(int(stuck.sum()) * m**2 + 2 * count * m):
             triangles[:, cut:] = left[:, _fan(m)]
             return triangles
-        ears[stuck] = _all_ears(points[which[stuck, None], left[stuck]])
+        if stuck.any():
+            ears[stuck] = _all_ears(points[which[stuck, None], left[stuck]])
         place = np.argmax(ears, axis=1)
         ends = np.stack([place - 1, place, place + 1], axis=1) % m
         triangles[:, cut] = left[which[:, None], ends]
