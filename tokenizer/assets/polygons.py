@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from tokenizer.assets.mesh import Floats
 
 _CORNERS_AT_ONCE: Final = 2**17
+_COMPARED_AT_ONCE: Final = 2**18
 
 
 class Budget:
     """Comparisons that the search for ears may take; they can grow with the cube of the corners.
 
-    The default lasts some ten seconds, real assets need a small part of it. Afterwards fans have to do.
+    The default lasts some seconds, real assets need a small part of it. Afterwards fans have to do.
     """
 
-    def __init__(self, comparisons: int = 500_000_000) -> None:
+    def __init__(self, comparisons: int = 20_000_000) -> None:
         self._left = comparisons
 
     def allows(self, comparisons: int) -> bool:
@@ -178,8 +179,9 @@ def _ears(points: Floats, budget: Budget) -> NDArray[np.int64]:
 def _all_ears(ring: Floats) -> NDArray[np.bool_]:
     """[P, m] which corners of polygons [P, m, 2] can be cut off."""
     count, m = ring.shape[:2]
-    corners = [_are_ears(ring, np.full((count, 1), corner)) for corner in range(m)]
-    return np.concatenate(corners, axis=1)
+    some = max(1, _COMPARED_AT_ONCE // (count * m))
+    corners = [np.tile(np.arange(first, min(first + some, m)), (count, 1)) for first in range(0, m, some)]
+    return np.concatenate([_are_ears(ring, numbers) for numbers in corners], axis=1)
 
 
 def _are_ears(ring: Floats, corners: NDArray[np.int64]) -> NDArray[np.bool_]:
