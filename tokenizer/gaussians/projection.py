@@ -70,7 +70,8 @@ def axes_of(scales: Tensor, rotations: Tensor) -> Tensor:
         [a * (2 * (x * y + w * z)), b * (1 - 2 * (x * x + z * z)), c * (2 * (y * z - w * x))],
         [a * (2 * (x * z - w * y)), b * (2 * (y * z + w * x)), c * (1 - 2 * (x * x + y * y))],
     ]
-    return torch.stack([entry for row in rows for entry in row]).unflatten(0, (3, 3))
+    axes: Tensor = torch.stack([entry for row in rows for entry in row]).unflatten(0, (3, 3))
+    return axes
 
 
 def project(
@@ -106,7 +107,7 @@ def project(
     to_pixels = intrinsics[:2] * torch.tensor([[width], [height]], dtype=local.dtype, device=local.device)
     scaling, middle = to_pixels[:, :2], to_pixels[:, 2:]
 
-    # d pixel / d (x, y, z) = [scaling | -scaling slopes] / z; turned into the world's axes, one part is the same for all.
+    # d pixel / d (x, y, z) = [scaling, -scaling slopes] / z, turned to the axes of the world.
     low, high = _slope_limits(intrinsics)
     towards = scaling @ torch.minimum(torch.maximum(slopes, low), high)
     jacobian = (scaling @ rotation[:2])[:, :, None] - towards[:, None] * rotation[2, :, None]

@@ -250,14 +250,15 @@ class _Composite(torch.autograd.Function):
         plan: _Plan = ctx.plan
         gradients = plan.grid.split(image_gradient)
         remaining = plan.grid.split((image * image_gradient).sum(0, keepdim=True))[0]
+        # A loss often looks at some channels only.
+        used = [number for number, channel in enumerate(image_gradient[:-1]) if bool(channel.any())]
         sweep = _Sweep(table, plan)
         result = torch.zeros_like(sweep.table)
         for tiles, blocks in sweep:
             gradient, behind = gradients.index_select(2, tiles), remaining.index_select(1, tiles)
             for block in blocks:
-                rows = _block_gradient(
-                    block, sweep.monomials, gradient[:, :, : block.tiles], behind[:, : block.tiles], plan.clamped
-                )
+                part = gradient[:, :, : block.tiles]
+                rows = _block_gradient(block, sweep.monomials, part, used, behind[:, : block.tiles], plan.clamped)
                 result.scatter_add_(1, block.gaussians.expand(len(rows), -1), rows.flatten(1))
             remaining[:, tiles] = behind
         full = torch.zeros_like(table)
@@ -265,11 +266,14 @@ class _Composite(torch.autograd.Function):
         return full, None
 
 
-def _block_gradient(block: _Block, monomials: Tensor, gradient: Tensor, behind: Tensor, clamped: bool) -> Tensor:
+def _block_gradient(
+    block: _Block, monomials: Tensor, gradient: Tensor, used: list[int], behind: Tensor, clamped: bool
+) -> Tensor:
     """Gradient [6 + C, K, n] of a block's entries of the table.
 
     Args:
         gradient: [C + 1, P, n] of the picture.
+        used: the channels whose gradient is not zero everywhere.
         behind: [P, n] what this block and all behind it show, times `gradient`; on return without this block.
         clamped: whether an alpha may have been clamped.
 
@@ -277,16 +281,16 @@ def _block_gradient(block: _Block, monomials: Tensor, gradient: Tensor, behind: 
     takes away B / (1 - alpha). As the logarithm of alpha is what has a simple derivative, both are times alpha here.
     """
     weights, after = block.weights, block.after
-    rows = weights.new_empty(_GEOMETRY + len(block.channels), *weights.shape[1:])
+    rows = weights.new_zeros(_GEOMETRY + len(block.channels), *weights.shape[1:])
     shown = torch.empty_like(weights)
     shown[:] = gradient[-1][:, None]
-    for number, channel in enumerate(block.channels):
+    product = torch.empty_like(weights)
+    for number in used:
         of_pixel = gradient[number][:, None]
-        shown.addcmul_(channel, of_pixel)
-        torch.sum(weights * of_pixel, 0, out=rows[_GEOMETRY + number])
+        shown.addcmul_(block.channels[number], of_pixel)
+        torch.sum(torch.mul(weights, of_pixel, out=product), 0, out=rows[_GEOMETRY + number])
     shown.mul_(weights)
-    left = torch.empty_like(weights)
-    before = behind
+    left, before = product, behind
     for layer, now in zip(left.unbind(1), shown.unbind(1), strict=True):
         torch.sub(before, now, out=layer)
         before = layer
