@@ -77,7 +77,7 @@ def load_network(
     if path.is_dir():
         config = parse_config(ATokenConfig, read_mapping(path / CONFIG_FILE), str(path / CONFIG_FILE))
         path = path / WEIGHTS_FILE
-    tensors = _FileTensors(path)
+    tensors = FileTensors(path)
     if config is None:
         config = _config_beside(path, tensors)
     return fill(kind, config, tensors, str(path), dtype=dtype, device=device)
@@ -149,7 +149,7 @@ def export_released(network: AToken, path: str | Path) -> None:
         config.write_text(text, encoding="utf-8")
 
 
-class _FileTensors(Mapping[str, Tensor]):
+class FileTensors(Mapping[str, Tensor]):
     """Tensors of a .safetensors or .pt file, read from a memory map. Copy each before asking for the next one.
 
     Pages that were read count as memory of the process as long as they are mapped, so the file is mapped anew from time
@@ -243,7 +243,7 @@ def fill(
     """
     with torch.device("meta"):
         network = kind(config)
-    file = tensors if isinstance(tensors, _FileTensors) else None
+    file = tensors if isinstance(tensors, FileTensors) else None
     shapes = file.shapes() if file else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     released = looks_released(shapes)
     names = rename_from_released(shapes) if released else {name: name for name in shapes}
@@ -288,7 +288,7 @@ def _compare(
         raise InputError(f"{where}: does not fit the configuration '{name}': keys {'; '.join(problems)}")
 
 
-def _config_beside(path: Path, tensors: _FileTensors) -> ATokenConfig:
+def _config_beside(path: Path, tensors: FileTensors) -> ATokenConfig:
     candidates = [path.with_suffix(end) for end in (".yaml", ".yml", ".json")]
     candidates += [path.with_name(f"config{end}") for end in (".yaml", ".yml", ".json")]
     for candidate in candidates:

@@ -20,6 +20,8 @@ class GaussianDecoderConfig:
     minimum_scale: added in quadrature to every scale, in units of the cube.
     initial_scale / initial_opacity: what the network gives where its output is zero, before `minimum_scale`.
     factors: what the raw output is multiplied with: position, colour, scale, rotation, opacity.
+    skip: a linear layer beside the transformer, from the voxel token straight to the raw output. For small models,
+        which it lets start at a linear fit (`tokenizer.training.gaussian_start`); released ones have none.
     """
 
     width: int = 768
@@ -35,6 +37,7 @@ class GaussianDecoderConfig:
     initial_scale: float = 4e-3
     initial_opacity: float = 0.1
     factors: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 0.1, 1.0)
+    skip: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "mlp_width", "inputs", "resolution", "gaussians"):

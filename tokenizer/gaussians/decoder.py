@@ -72,23 +72,28 @@ class GaussianDecoder(nn.Module):
         self.embed = nn.Linear(config.inputs, config.width, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.to_gaussians = nn.Linear(config.width, config.outputs)
+        self.skip = nn.Linear(config.inputs, config.outputs) if config.skip else None
         self.register_buffer("offset_perturbation", offset_perturbation(config.gaussians, config.voxel_size))
-        nn.init.zeros_(self.to_gaussians.weight)
-        nn.init.zeros_(self.to_gaussians.bias)
+        self._silence_outputs()
+
+    def _silence_outputs(self) -> None:
+        for layer in (self.to_gaussians, self.skip):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw every parameter anew, as `ATokenNetwork.reset_parameters` does; the output layer stays zero."""
+        """Draw every parameter anew, as `ATokenNetwork.reset_parameters` does; what writes the output stays zero."""
         residual = (2 * max(1, self.config.depth)) ** -0.5
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-            elif isinstance(module, nn.Linear) and module is not self.to_gaussians:
+            elif isinstance(module, nn.Linear) and module not in (self.to_gaussians, self.skip):
                 into_residual = name.endswith((".attention.out", ".mlp.down"))
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 module.weight.mul_(residual if into_residual else 1.0)
-        nn.init.zeros_(self.to_gaussians.weight)
-        nn.init.zeros_(self.to_gaussians.bias)
+        self._silence_outputs()
 
     def forward(self, voxels: SparseTokens, observe: Observer | None = None) -> SparseTokens:
         """Raw Gaussian parameters of each voxel.
@@ -118,18 +123,24 @@ class GaussianDecoder(nn.Module):
             ("sines", width, full_precision(kind), voxels.device),
             lambda: position_code(voxels.positions[:, 1:], width, full_precision(kind)),
         )
-        x = self.embed(voxels.features.to(kind)) + code.to(kind)
+        inputs = voxels.features.to(kind)
+        x = self.embed(inputs) + code.to(kind)
         if observe is not None:
             observe(0, x)
         for number, block in enumerate(self.blocks):
             x = block(x, plans[number % 2])
             if observe is not None:
                 observe(number + 1, x)
-        return voxels.with_features(self.to_gaussians(F.layer_norm(x, (width,), eps=FINAL_NORM_EPS)))
+        raw = self.to_gaussians(F.layer_norm(x, (width,), eps=FINAL_NORM_EPS))
+        return voxels.with_features(raw if self.skip is None else raw + self.skip(inputs))
 
     def gaussians(self, voxels: SparseTokens) -> Gaussians:
         """The Gaussians of each voxel, in float32 at least; arguments and errors as for `forward`."""
-        return raw_to_gaussians(self(voxels), self.offset_perturbation, self.config)
+        return self.interpret(self(voxels))
+
+    def interpret(self, raw: SparseTokens) -> Gaussians:
+        """The Gaussians that raw parameters [N, 14 G] of `forward` mean."""
+        return raw_to_gaussians(raw, self.offset_perturbation, self.config)
 
 
 def position_code(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -24,12 +24,13 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
     plain: list[nn.Parameter] = []
     skip: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        if name.startswith("skip."):
+        path = f".{name}"
+        if path.startswith(".skip."):
             parameter.requires_grad_(config.skip_lr > 0)
             skip.append(parameter)
         elif parameter.ndim < 2 or "positions" in name or "norm" in name:
             plain.append(parameter)
-        elif config.muon_lr is not None and ".blocks." in name:
+        elif config.muon_lr is not None and ".blocks." in path:
             matrices.append(parameter)
         else:
             decayed.append(parameter)

@@ -71,7 +71,7 @@ class Trainer:
         step = load_state(
             self.folder, self.network, self.average.network, self.optimizers, self.generator, self.settings
         )
-        self._forget_log_after(step)
+        forget_log_after(self.folder / LOG_FILE, step)
         if step == 0:
             self._log({"step": 0, **self._validate()})
         with self._progress() as bar:
@@ -146,15 +146,6 @@ class Trainer:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _forget_log_after(self, step: int) -> None:
-        """Drop what a stopped run logged after its last state; those steps come again."""
-        path = self.folder / LOG_FILE
-        if not path.is_file():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(line for line in lines if _precedes(line, step)), encoding="utf-8")
-
     def _progress(self) -> Progress:
         columns = (
             TextColumn("{task.description}"),
@@ -163,6 +154,15 @@ class Trainer:
             TextColumn("{task.fields[note]}"),
         )
         return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+
+
+def forget_log_after(path: Path, step: int) -> None:
+    """Drop what a stopped run logged after its last state; those steps come again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(line for line in lines if _precedes(line, step)), encoding="utf-8")
 
 
 def _precedes(line: str, step: int) -> bool:

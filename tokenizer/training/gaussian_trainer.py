@@ -1,0 +1,285 @@
+"""Training a Gaussian decoder on rendered views: one process, exact on resume.
+
+    python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml key=value ...
+
+The autoencoder stays as it is, so pictures and videos stay as good as they were. A step takes one asset, decodes its
+Gaussians and compares their picture with what the asset looks like from a few of its views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from tokenizer.api import AToken
+from tokenizer.assets.packing import PackingRule, octants
+from tokenizer.cameras import Cameras
+from tokenizer.config import config_to_dict, load_config
+from tokenizer.errors import InputError
+from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
+from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
+from tokenizer.gaussians.rasterize import rasterize
+from tokenizer.sparse import SparseTokens
+from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
+from tokenizer.training.config import OptimizerConfig
+from tokenizer.training.gaussian_start import start_from_octants
+from tokenizer.training.optimizer import MovingAverage, make_optimizers, rate_factor, set_rates
+from tokenizer.training.state import load_state, save_state
+from tokenizer.training.trainer import LOG_FILE, MAX_BAD_STEPS, forget_log_after
+
+VALIDATION_SHARE = 40
+"""One training asset in this many is kept for validation."""
+
+_VALIDATION_STREAM = 2**32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GaussianLossConfig:
+    """Weights: l1 and l2 of colours on a black ground, alpha: L1 of the coverage."""
+
+    l1: float = 1.0
+    l2: float = 1.0
+    alpha: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GaussianTrainConfig:
+    """A whole run.
+
+    model: the frozen autoencoder, by name or folder. data: store of rendered assets.
+    decoder: sizes. packing: how views become voxels.
+    views: compared with in one step. start_assets: how many assets the start is fitted to.
+    """
+
+    name: str
+    steps: int
+    decoder: GaussianDecoderConfig
+    model: str = "atoken-nano"
+    data: str = "datasets/furniture"
+    out: str = "runs/nano-gaussians"
+    packing: PackingRule = "surface"
+    seed: int = 0
+    views: int = 2
+    start_assets: int = 48
+    precision: str = "bf16"
+    loss: GaussianLossConfig = field(default_factory=GaussianLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validate_every: int = 250
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "views", "start_assets", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"precision must be fp32 or bf16, got '{self.precision}'")
+
+
+class GaussianTrainer:
+    """Trains a decoder as `config` says; `run` goes on where an earlier run in the same folder stopped."""
+
+    def __init__(self, config: GaussianTrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.folder = Path(config.out)
+        self.settings = config_to_dict(config)
+        self.model = AToken.from_pretrained(config.model, dtype=torch.float32, device=device)
+        self.cache = Path(config.data) / "decoded"
+        assets, skipped = decode_all(
+            self.model, read_store(config.data, "train"), config.packing, config.decoder.resolution, self.cache
+        )
+        for name, reason in skipped.items():
+            print(f"left out {name}: {reason}", file=sys.stderr)
+        if len(assets) < 2:
+            raise InputError(f"{config.data}: fewer than two assets of the training split can be used")
+        self.training = [asset for n, asset in enumerate(assets) if n % VALIDATION_SHARE]
+        self.validation = [asset for n, asset in enumerate(assets) if not n % VALIDATION_SHARE]
+        self.decoder = GaussianDecoder(config.decoder)
+        self.decoder.reset_parameters(torch.Generator().manual_seed(config.seed))
+        self.decoder.to(device)
+        self.optimizers = make_optimizers(self.decoder, config.optimizer)
+        self.average = MovingAverage(self.decoder, config.optimizer.ema)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.bad_steps = 0
+
+    def run(self) -> GaussianDecoder:
+        """Train to the end and return the decoder with averaged weights.
+
+        Raises:
+            InputError: too many steps in a row with a loss or gradient that is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        step = load_state(
+            self.folder, self.decoder, self.average.network, self.optimizers, self.generator, self.settings
+        )
+        forget_log_after(self.folder / LOG_FILE, step)
+        if step == 0:
+            self._start()
+            self._log({"step": 0, "psnr": self._validate()})
+        with self._progress() as bar:
+            task = bar.add_task(self.config.name, total=self.config.steps, completed=step, note="")
+            while step < self.config.steps:
+                record = self._step(step)
+                step += 1
+                if step % self.config.validate_every == 0 or step == self.config.steps:
+                    record["psnr"] = self._validate()
+                    bar.console.print(
+                        f"step {step}: loss {record['loss']:.4f}  validation PSNR {record['psnr']:.3f} dB"
+                    )
+                if step % 10 == 0 or "psnr" in record:
+                    self._log({"step": step, **record})
+                bar.update(task, completed=step, note=f"loss {record['loss']:.4f}")
+                if step % self.config.save_every == 0 or step == self.config.steps:
+                    save_state(
+                        self.folder,
+                        step,
+                        self.decoder,
+                        self.average.network,
+                        self.optimizers,
+                        self.generator,
+                        self.settings,
+                    )
+        return self.average.network
+
+    def _start(self) -> None:
+        """The linear fit, where the decoder has room for it."""
+        if self.decoder.skip is None:
+            return
+        rng = np.random.default_rng((self.config.seed, 1))
+        chosen = rng.choice(len(self.training), min(self.config.start_assets, len(self.training)), replace=False)
+        features: list[Tensor] = []
+        places: list[Tensor] = []
+        colours: list[Tensor] = []
+        counts: list[Tensor] = []
+        for number in chosen.tolist():
+            asset = self.training[number]
+            voxels, place, colour, count = octants(asset.views("seen"), self.config.decoder.resolution)
+            tokens = self._voxels(asset).to("cpu")
+            # Other rules may fill other voxels: only common ones are fitted.
+            mine, theirs = _common(tokens.positions[:, 1:], voxels.coordinates, self.config.decoder.resolution)
+            features.append(tokens.features[mine])
+            for collected, values in ((places, place), (colours, colour), (counts, count)):
+                collected.append(values[theirs])
+        start_from_octants(self.decoder, features, places, colours, counts)
+        self.average = MovingAverage(self.decoder, self.config.optimizer.ema)
+
+    def _step(self, step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        rng = np.random.default_rng((self.config.seed, 0, step))
+        asset = self.training[int(rng.integers(len(self.training)))]
+        voxels = self._voxels(asset)
+        pictures, cameras = random_views(rng, asset, self.config.views)
+        waited = time.perf_counter() - started
+        factor = rate_factor(step, self.config.steps, self.config.optimizer)
+        set_rates(self.optimizers, factor)
+        loss, terms = self._loss(self.decoder, voxels, pictures, cameras)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.optimizer.max_grad_norm)
+        if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.average.update(self.decoder, step)
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            if self.bad_steps >= MAX_BAD_STEPS:
+                raise InputError(
+                    f"{MAX_BAD_STEPS} steps in a row up to step {step} had a loss or gradient that is not finite; "
+                    f"lower optimizer.lr or look at the data (the last asset was {asset.file})"
+                )
+        self.decoder.zero_grad(set_to_none=True)
+        return {
+            "loss": float(loss.detach()),
+            **terms,
+            "grad norm": float(norm),
+            "rate": factor,
+            "voxels": voxels.num_tokens,
+            "seconds": time.perf_counter() - started,
+            "data seconds": waited,
+        }
+
+    def _loss(
+        self, decoder: GaussianDecoder, voxels: SparseTokens, pictures: Tensor, cameras: Cameras
+    ) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            raw = decoder(voxels)
+        gaussians = decoder.interpret(raw)
+        rendering = rasterize(gaussians, cameras, pictures.shape[1])
+        wanted = pictures.to(self.device).float() / 255
+        alpha = wanted[..., 3]
+        difference = rendering.colours - wanted[..., :3] * alpha[..., None]
+        weights = self.config.loss
+        l1, l2 = difference.abs().mean(), difference.square().mean()
+        coverage = (rendering.alpha - alpha).abs().mean()
+        loss = weights.l1 * l1 + weights.l2 * l2 + weights.alpha * coverage
+        psnr = -10 * math.log10(max(float(l2.detach()), 1e-10))
+        return loss, {"l1": float(l1.detach()), "train psnr": psnr, "coverage": float(coverage.detach())}
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean PSNR in dB over two views of each validation asset, with averaged weights."""
+        found = []
+        for number, asset in enumerate(self.validation):
+            rng = np.random.default_rng((self.config.seed, _VALIDATION_STREAM, number))
+            pictures, cameras = random_views(rng, asset, 2)
+            found.append(self._loss(self.average.network, self._voxels(asset), pictures, cameras)[1]["train psnr"])
+        return sum(found) / len(found)
+
+    def _voxels(self, asset: StoredAsset) -> SparseTokens:
+        resolution = self.config.decoder.resolution
+        return decoded_voxels(self.model, asset, self.config.packing, resolution, self.cache).to(self.device)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+
+
+def _common(ours: Tensor, theirs: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+    """Rows of two lists of voxels [N, 3] and [M, 3] that are the same voxels."""
+    keys = [(v[:, 0].long() * resolution + v[:, 1]) * resolution + v[:, 2] for v in (ours, theirs)]
+    _, mine, other = np.intersect1d(keys[0].numpy(), keys[1].numpy(), assume_unique=True, return_indices=True)
+    return torch.from_numpy(mine), torch.from_numpy(other)
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tokenizer.training.gaussian_trainer", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/tokenizer/")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("overrides", nargs="*", help="settings to change, as key=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(GaussianTrainConfig, options.config, options.overrides)
+        trainer = GaussianTrainer(config, torch.device(options.device))
+        decoder = trainer.run()
+        save_gaussian_decoder(decoder, Path(config.out) / SUBFOLDER, torch.bfloat16)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
