@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,12 @@ from tokenizer.patches import (
 )
 from tokenizer.sparse import SparseTokens
 from tokenizer.tokenfile import Origin, TokenFile
+from tokenizer.voxels import RESOLUTION, AssetSize, voxel_features, voxels_to_tokens
+
+if TYPE_CHECKING:
+    from tokenizer.assets.pipeline import AssetSource
+    from tokenizer.assets.rules import PackingRule
+    from tokenizer.gaussians import GaussianDecoder, Gaussians
 
 Pixels = NDArray[np.uint8]
 ImageSource = str | PathLike[str] | Image.Image | Pixels | Tensor
@@ -39,7 +45,7 @@ VideoSource = str | PathLike[str] | Pixels | Tensor
 
 @dataclass(frozen=True)
 class VisualEncoding(Encoding):
-    """An `Encoding` of one picture or clip that knows its size and its model.
+    """An `Encoding` of one picture, clip or asset that knows its size and its model.
 
     origin: model, size and frame rate, as a token file stores them.
     """
@@ -47,7 +53,7 @@ class VisualEncoding(Encoding):
     origin: Origin
 
     @property
-    def size(self) -> VisualSize:
+    def size(self) -> VisualSize | AssetSize:
         return self.origin.sizes[0]
 
     @property
@@ -61,12 +67,16 @@ class VisualEncoding(Encoding):
 
 
 class AToken(ATokenNetwork):
-    """AToken: encode and decode images and videos.
+    """AToken: encode and decode images, videos and 3D assets.
 
     >>> model = AToken.from_pretrained("atoken-nano")
     >>> encoding = model.encode_image("photo.jpg")      # a path, PIL image, uint8 array [H, W, 3] or tensor in [-1, 1]
     >>> picture = model.decode_visual(encoding)         # uint8 array [1, H, W, 3]
     """
+
+    gaussian_decoder: GaussianDecoder | None = None
+    """What turns decoded voxels into Gaussians. A model of its own, so it is no submodule: it is neither part of the
+    latent space, nor of a released checkpoint."""
 
     _weights: tuple[int, str] | None = None
 
@@ -91,11 +101,14 @@ class AToken(ATokenNetwork):
         Raises:
             InputError: nothing there, unreadable, or not fitting its configuration (bad keys are listed).
         """
-        from tokenizer.checkpoints import load_network
+        from tokenizer.checkpoints import find_model, load_network
 
-        return load_network(
-            cls, source if isinstance(source, str) else Path(source), config=config, dtype=dtype, device=device
-        )
+        named = source if isinstance(source, str) else Path(source)
+        model = load_network(cls, named, config=config, dtype=dtype, device=device)
+        decoder = find_model(named) / "gaussians"
+        if decoder.is_dir():
+            model.load_gaussian_decoder(decoder, dtype=dtype)
+        return model
 
     @classmethod
     def from_released(
@@ -112,10 +125,36 @@ class AToken(ATokenNetwork):
         return released_network(cls, config, state_dict, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, both or neither."""
+        """Write `config.json` and `model.safetensors` into `folder`, both or neither, and then the Gaussian decoder,
+        if there is one, into `gaussians` below it."""
         from tokenizer.checkpoints import save_network
 
         save_network(self, Path(folder), dtype)
+        if self.gaussian_decoder is not None:
+            from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
+
+            save_gaussian_decoder(self.gaussian_decoder, Path(folder) / SUBFOLDER, dtype)
+
+    def load_gaussian_decoder(self, source: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Load what turns decoded voxels into Gaussians, from a folder or a released file.
+
+        Args:
+            dtype: of its parameters; by default that of the file.
+
+        Raises:
+            InputError: it cannot be read, or takes voxels of another size than this model makes.
+        """
+        from tokenizer.gaussians.checkpoints import load_gaussian_decoder
+
+        decoder = load_gaussian_decoder(source, dtype=dtype, device=self.device)
+        _, rows, columns = self.config.patch_size
+        if decoder.config.inputs != rows * columns * 3:
+            raise InputError(
+                f"{source}: takes voxels of {decoder.config.inputs} channels, {self.config.name} makes "
+                f"{rows * columns * 3}"
+            )
+        # Past nn.Module, which would make it part of the state dict.
+        object.__setattr__(self, "gaussian_decoder", decoder)
 
     def export_released(self, path: str | PathLike[str]) -> None:
         """Write a released-format checkpoint (.safetensors or .pt) and its configuration (.json) beside it."""
@@ -187,8 +226,11 @@ class AToken(ATokenNetwork):
         sizes = stored.origin.sizes
         if len(sizes) != 1:
             raise InputError(f"the file holds {len(sizes)} visuals; decode them one by one with TokenReader.items()")
+        size = sizes[0]
+        if isinstance(size, AssetSize):
+            raise InputError("these tokens are of a 3D asset; decode them with decode_asset")
         patches = self.decode(stored.tokens.to(self.device), tiling)
-        frames = tokens_to_pixels(patches, sizes, self.config.patch_size)
+        frames = tokens_to_pixels(patches, [size], self.config.patch_size)
         pixels: Pixels = float_to_uint8(frames[0]).cpu().numpy()
         return pixels
 
@@ -200,7 +242,72 @@ class AToken(ATokenNetwork):
         """A clip through the tokenizer and back, uint8 [T, H, W, 3]."""
         return self.decode_visual(self.encode_video(video), tiling)
 
-    def _encode_visual(self, tokens: SparseTokens, size: VisualSize, frame_rate: float) -> VisualEncoding:
+    # ------------------------------------------------------------------ 3D assets
+
+    @torch.no_grad()
+    def encode_asset(
+        self, asset: AssetSource, rule: PackingRule | None = None, on_view: Callable[[], object] | None = None
+    ) -> VisualEncoding:
+        """Encode one 3D asset.
+
+        Args:
+            asset: path of a mesh (GLB, glTF, OBJ, PLY, STL, OFF), of a folder of views or of its `transforms.json`; or
+                a `Mesh`, or `Views`. Meshes are normalised to the unit cube and rendered from 16 sides; the way back
+                is kept in the origin.
+            rule: how views become voxels (`tokenizer.assets.packing`); by default what the Gaussian decoder was trained
+                on, and the released rule where there is none.
+            on_view: called after each rendered view, for progress.
+
+        Raises:
+            InputError: a file that cannot be read, nothing to see, or a package is missing.
+        """
+        from tokenizer.assets.pipeline import asset_voxels
+
+        decoder = self.gaussian_decoder
+        packing: PackingRule = rule or (decoder.config.packing if decoder is not None else "released")
+        resolution = decoder.config.resolution if decoder is not None else RESOLUTION
+        voxels, size = asset_voxels(asset, packing, resolution, on_view)
+        tokens = voxels_to_tokens(voxels.features, voxels.coordinates, self.config.patch_size)
+        return self._encode_visual(tokens, size, 0.0)
+
+    @torch.no_grad()
+    def decode_asset(self, visual: VisualEncoding | TokenFile, *, original: bool = False) -> Gaussians:
+        """The Gaussians of one asset.
+
+        Args:
+            original: put them back to the axes and units of the asset's file, instead of the unit cube with z up.
+
+        Raises:
+            InputError: no Gaussian decoder, no tokens of an asset, or tokens of another latent space.
+        """
+        stored = visual if isinstance(visual, TokenFile) else TokenFile(visual.tokens, visual.origin)
+        stored.check_made_by(self.config.name, self.fingerprint)
+        sizes = stored.origin.sizes
+        if len(sizes) != 1 or not isinstance(sizes[0], AssetSize):
+            raise InputError("these tokens are not of one 3D asset; decode them with decode_visual")
+        if self.gaussian_decoder is None:
+            raise InputError(
+                f"{self.config.name} has no Gaussian decoder; load one with load_gaussian_decoder (--gaussians)"
+            )
+        if sizes[0].resolution != self.gaussian_decoder.config.resolution:
+            raise InputError(
+                f"the tokens lie on a grid of {sizes[0].resolution}, the Gaussian decoder reads one of "
+                f"{self.gaussian_decoder.config.resolution}; encode the asset with this decoder loaded"
+            )
+        patches = self.decode(stored.tokens.to(self.device))
+        decoder = self.gaussian_decoder.to(self.device)
+        gaussians = decoder.gaussians(voxel_features(patches, self.config.patch_size))
+        if original:
+            from tokenizer.gaussians.edit import transform
+
+            gaussians = transform(gaussians, torch.tensor(sizes[0].to_original, dtype=torch.float64))
+        return gaussians
+
+    def reconstruct_asset(self, asset: AssetSource) -> Gaussians:
+        """An asset through the tokenizer and back, in the unit cube with z up."""
+        return self.decode_asset(self.encode_asset(asset))
+
+    def _encode_visual(self, tokens: SparseTokens, size: VisualSize | AssetSize, frame_rate: float) -> VisualEncoding:
         encoding = self.encode(tokens.to(self.device))
         return VisualEncoding(
             features=encoding.features,
@@ -210,7 +317,7 @@ class AToken(ATokenNetwork):
             origin=self.origin([size], [frame_rate]),
         )
 
-    def origin(self, sizes: list[VisualSize], frame_rates: list[float]) -> Origin:
+    def origin(self, sizes: Sequence[VisualSize | AssetSize], frame_rates: list[float]) -> Origin:
         """The origin that token files of this model carry."""
         return Origin(self.config.name, self.fingerprint, tuple(sizes), tuple(frame_rates))
 

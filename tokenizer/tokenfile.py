@@ -28,6 +28,7 @@ from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 from tokenizer.patches import VisualSize
 from tokenizer.sparse import SparseTokens
+from tokenizer.voxels import AssetSize
 
 SUFFIX = ".atok"
 VERSION = 1
@@ -56,7 +57,7 @@ class Origin:
 
     model: str
     fingerprint: str
-    sizes: tuple[VisualSize, ...]
+    sizes: tuple[VisualSize | AssetSize, ...]
     frame_rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -66,10 +67,7 @@ class Origin:
             raise InputError(f"frame rates must be finite and not negative, got {list(self.frame_rates)}")
 
     def to_json(self) -> str:
-        items = [
-            {"kind": s.kind, "frames": s.frames, "height": s.height, "width": s.width, "frame_rate": rate}
-            for s, rate in zip(self.sizes, self.frame_rates, strict=True)
-        ]
+        items = [_size_to_json(size) | {"frame_rate": r} for size, r in zip(self.sizes, self.frame_rates, strict=True)]
         return json.dumps({"version": VERSION, "model": self.model, "fingerprint": self.fingerprint, "items": items})
 
     @classmethod
@@ -94,11 +92,27 @@ class Origin:
         )
 
     @staticmethod
-    def _parse_item(item: dict[str, Any]) -> tuple[VisualSize, float]:
-        measures = [item["frames"], item["height"], item["width"]]
-        if not all(type(measure) is int for measure in measures):
-            raise TypeError(f"measures must be whole numbers, got {measures}")
-        return VisualSize(item["kind"], *measures), float(item["frame_rate"])
+    def _parse_item(item: dict[str, Any]) -> tuple[VisualSize | AssetSize, float]:
+        return _size_from_json(item), float(item["frame_rate"])
+
+
+def _size_to_json(size: VisualSize | AssetSize) -> dict[str, Any]:
+    if isinstance(size, AssetSize):
+        return {"kind": size.kind, "resolution": size.resolution, "to_original": size.to_original}
+    return {"kind": size.kind, "frames": size.frames, "height": size.height, "width": size.width}
+
+
+def _size_from_json(item: dict[str, Any]) -> VisualSize | AssetSize:
+    if item["kind"] == "asset":
+        matrix = tuple(tuple(float(value) for value in row) for row in item["to_original"])
+        return AssetSize(_whole(item["resolution"]), matrix)
+    return VisualSize(item["kind"], *(_whole(item[name]) for name in ("frames", "height", "width")))
+
+
+def _whole(measure: object) -> int:
+    if type(measure) is not int:
+        raise TypeError(f"measures must be whole numbers, got {measure!r}")
+    return measure
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ box reaches from -0.5 to 0.5 in the world.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +29,38 @@ RESOLUTION = 64
 VIEW_SIZE = 256
 """Views are resized to this many rows and columns before they are cut into patches."""
 
+MAX_RESOLUTION = 1024
+"""Finest grid that is read or made; finer ones hold more voxels than any memory."""
+
 MAX_SURFACE_POINTS = 500_000
 
 ASSET_TIME = 1
 """The t of every voxel token, as released; encoder and decoder see it relative to the batch (FORMAT 10)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AssetSize:
+    """What a token file keeps of an asset beside its tokens.
+
+    resolution: voxels along an edge of the cube that the asset was normalised to.
+    to_original: 4 x 4, row by row; takes the world of the cube back to the axes and units of the asset's file.
+    """
+
+    resolution: int
+    to_original: tuple[tuple[float, ...], ...] = (
+        (1.0, 0.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0, 0.0),
+        (0.0, 0.0, 1.0, 0.0),
+        (0.0, 0.0, 0.0, 1.0),
+    )
+    kind: Literal["asset"] = "asset"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.resolution <= MAX_RESOLUTION:
+            raise InputError(f"the resolution of an asset must lie in 1..{MAX_RESOLUTION}, got {self.resolution}")
+        rows = [list(row) for row in self.to_original]
+        if [len(row) for row in rows] != [4] * 4 or not all(math.isfinite(value) for row in rows for value in row):
+            raise InputError("to_original must be 4 rows of 4 finite numbers")
 
 
 def voxels_to_tokens(features: Tensor, coordinates: Tensor, patch_size: PatchSize = PATCH_SIZE) -> SparseTokens:

@@ -18,19 +18,16 @@ Pixels are where their centres are, except for "released", which puts them at th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizer.assets.rules import PACKING_RULES, PackingRule
 from tokenizer.assets.views import Views
 from tokenizer.cameras import Cameras
 from tokenizer.errors import InputError
 from tokenizer.voxels import RESOLUTION, nearest_view_features, occupied_voxels, surface_points, view_patches
-
-PackingRule = Literal["surface", "average", "visible", "released"]
-PACKING_RULES: tuple[PackingRule, ...] = ("surface", "average", "visible", "released")
 
 CELL = 4
 """Rows and columns of a cell of a "surface" patch, which has 4 x 4 cells."""
@@ -186,7 +183,8 @@ def _octant_sums(pixels: _SurfacePixels, place: Tensor, values: Tensor) -> Tenso
     slot = pixels.voxel * 8 + half[:, 0] * 4 + half[:, 1] * 2 + half[:, 2]
     total = torch.zeros(len(pixels.coordinates) * 8, values.shape[1] + 1)
     total.index_add_(0, slot, F.pad(values, (0, 1), value=1.0))
-    return total.unflatten(0, (-1, 8))
+    sums: Tensor = total.unflatten(0, (-1, 8))
+    return sums
 
 
 def _view_cells(pixels: _SurfacePixels, cameras: Cameras, maps: Tensor, resolution: int, *, average: bool) -> Tensor:

@@ -89,12 +89,12 @@ def _render(scene: Scene, rays: _PixelRays, samples: int) -> tuple[Floats, Float
     premultiplied = hit.colour.reshape(size, size, 4)
     if samples > 1:
         edges = _edges(premultiplied, hit.face.reshape(size, size) >= 0)
-        rows, columns = np.nonzero(edges)
+        edge_rows, edge_columns = np.nonzero(edges)
         offset = (np.arange(samples) + 0.5) / samples
-        grid_rows = (rows[:, None, None] + offset[:, None]).repeat(samples, axis=2)
-        grid_columns = (columns[:, None, None] + offset).repeat(samples, axis=1)
+        grid_rows = (edge_rows[:, None, None] + offset[:, None]).repeat(samples, axis=2)
+        grid_columns = (edge_columns[:, None, None] + offset).repeat(samples, axis=1)
         fine = scene.cast(rays.origin, rays.directions(grid_rows.ravel(), grid_columns.ravel()), rays.spread / samples)
-        premultiplied[rows, columns] = fine.colour.reshape(len(rows), samples**2, 4).mean(axis=1)
+        premultiplied[edge_rows, edge_columns] = fine.colour.reshape(-1, samples**2, 4).mean(axis=1)
     alpha = premultiplied[..., 3:]
     straight = np.concatenate([premultiplied[..., :3] / np.maximum(alpha, 1e-6), alpha], axis=-1)
     return np.clip(straight, 0, 1), hit.depth.reshape(size, size)

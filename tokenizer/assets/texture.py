@@ -20,7 +20,7 @@ class MipMaps:
 
     def __init__(self, texture: Texture) -> None:
         self._wraps = (texture.wrap_u, texture.wrap_v)
-        self._levels = [texture.pixels.astype(np.float32) / 255]
+        self._levels: list[Floats] = [texture.pixels.astype(np.float32) / np.float32(255)]
         while min(self._levels[-1].shape[:2]) > 1:
             self._levels.append(_halved(self._levels[-1]))
 
@@ -60,8 +60,10 @@ def _wrapped(index: NDArray[np.floating[Any]], side: int, wrap: Wrap) -> NDArray
         return index.clip(0, side - 1).astype(np.int64)
     if wrap == "mirror":
         folded = np.mod(index, 2 * side)
-        return np.where(folded < side, folded, 2 * side - 1 - folded).astype(np.int64)
-    return np.mod(index, side).astype(np.int64)
+        index = np.where(folded < side, folded, 2 * side - 1 - folded)
+    else:
+        index = np.mod(index, side)
+    return index.astype(np.int64)
 
 
 def _halved(pixels: Floats) -> Floats:

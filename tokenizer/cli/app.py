@@ -7,15 +7,17 @@ import shutil
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from tokenizer.cli.jobs import Job, plan_jobs
+from tokenizer.cli.lines import decoded_line, encoded_line, nested_lines, reconstructed_line
 from tokenizer.cli.outcome import Result, run_jobs
 from tokenizer.errors import InputError
 
 if TYPE_CHECKING:
+    from tokenizer.assets.rules import PackingRule
     from tokenizer.cli.codec import FileCodec
     from tokenizer.cli.progress import ProgressBars
 
@@ -49,6 +51,16 @@ class VideoFormat(StrEnum):
     frames = "frames"
 
 
+class Packing(StrEnum):
+    """Values of --packing."""
+
+    auto = "auto"
+    surface = "surface"
+    average = "average"
+    visible = "visible"
+    released = "released"
+
+
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="INPUT", show_default=False)]
 Model = Annotated[str, typer.Option(help="Bundled model, model folder, or released .pt or .safetensors file.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")]
@@ -57,12 +69,18 @@ Discrete = Annotated[bool, typer.Option("--discrete", help="Codebook indices ins
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Images = Annotated[ImageFormat, typer.Option(help="Of pictures whose name --out leaves open.")]
 Videos = Annotated[VideoFormat | None, typer.Option(help="Of videos whose name --out leaves open; mp4.")]
+Splats = Annotated[
+    Path | None, typer.Option("--gaussians", help="Gaussian decoder for 3D, if not the model's own: folder or file.")
+]
+Packed = Annotated[
+    Packing, typer.Option("--packing", help="How views of 3D assets become voxels; auto fits the model.")
+]
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Pictures and videos to tokens and back.",
+    help="Pictures, videos and 3D assets to tokens and back.",
 )
 
 
@@ -75,26 +93,33 @@ def demo(
     discrete: Discrete = False,
     as_json: Json = False,
 ) -> int:
-    """Reconstruct a bundled photograph and a bundled clip.
+    """Reconstruct a bundled photograph, a bundled clip and a bundled 3D model.
 
-    The folder gets the two originals and, side by side with them, their reconstructions.
+    The folder gets the originals and, side by side with them, their reconstructions; of the 3D model also its
+    Gaussians, which `atoken view` shows.
 
     \b
     Example:
       atoken demo --out atoken-demo
     """
-    from tokenizer.demo import CLIP, PHOTOGRAPH
+    from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
 
     codec = _codec(model, device, dtype, discrete=discrete)
     out.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for original, ending in ((PHOTOGRAPH, ".png"), (CLIP, ".mp4")):
+    for original, ending in ((PHOTOGRAPH, ".png"), (CLIP, ".mp4"), (ASSET, ".ply")):
         source = Path(shutil.copy(original, out / original.name))
         jobs.append(Job(source, out / f"{original.stem}-side-by-side{ending}", needs_ending=False))
-    status = run_jobs("demo", jobs, codec.reconstruct, _reconstructed, as_json=as_json)
-    if not as_json and status == 0:
-        for path in (path for job in jobs for path in (job.source, job.target)):
-            print(f"wrote {path}")
+    written: list[str] = []
+
+    def work(job: Job, progress: ProgressBars) -> Result:
+        result = codec.reconstruct(job, progress)
+        written.extend([str(job.source), *result.get("files", [result["out"]])])
+        return result
+
+    status = run_jobs("demo", jobs, work, reconstructed_line, as_json=as_json)
+    for path in [] if as_json or status else written:
+        print(f"wrote {path}")
     return status
 
 
@@ -106,9 +131,13 @@ def encode(
     device: Device = "auto",
     dtype: Precision = Dtype.auto,
     discrete: Discrete = False,
+    gaussians: Splats = None,
+    packing: Packed = Packing.auto,
     as_json: Json = False,
 ) -> int:
-    """Pictures and videos to token files (.atok).
+    """Pictures, videos and 3D assets to token files (.atok).
+
+    Assets are GLB, glTF, OBJ, PLY, STL and OFF meshes, or a folder of views with a transforms.json.
 
     A single file goes to exactly the path given with --out. Several, and folders, go below the folder --out, each
     as its name with the ending .atok; folders keep their tree. Existing files are replaced.
@@ -119,13 +148,13 @@ def encode(
       atoken encode atoken-demo/coffee.jpg --out coffee.atok
       atoken encode atoken-demo --out tokens
     """
-    from tokenizer.media import find_media
+    from tokenizer.cli.assets import find_inputs
     from tokenizer.tokenfile import SUFFIX
 
     exact = _names_a_file(out, (SUFFIX,), "token files")
-    jobs = plan_jobs(inputs, Path(out), find_media, exact=exact)
-    codec = _codec(model, device, dtype, discrete=discrete)
-    return run_jobs("encode", jobs, codec.encode, _encoded, as_json=as_json)
+    jobs = plan_jobs(inputs, Path(out), find_inputs, exact=exact)
+    codec = _codec(model, device, dtype, discrete=discrete, gaussians=gaussians, packing=packing)
+    return run_jobs("encode", jobs, codec.encode, encoded_line, as_json=as_json)
 
 
 @app.command()
@@ -137,12 +166,15 @@ def decode(
     model: Annotated[str | None, typer.Option(help="As for encode; by default the one that the file names.")] = None,
     device: Device = "auto",
     dtype: Precision = Dtype.auto,
+    gaussians: Splats = None,
+    original: Annotated[bool, typer.Option("--original", help="3D in the axes and units of the asset's file.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Token files back to pictures and videos.
+    """Token files back to pictures, videos and 3D assets.
 
     A single file goes to exactly the path given with --out, in the format of its ending: .png, .jpg or .webp for
-    pictures; .mp4, .webm, .gif or .npy (uint8, T x H x W x 3) for videos, or no ending for a folder of PNG frames.
+    pictures; .mp4, .webm, .gif or .npy (uint8, T x H x W x 3) for videos, or no ending for a folder of PNG frames;
+    .ply for 3D assets, which become Gaussians in the layout that splat viewers read.
     Several, and folders, go below the folder --out; folders keep their tree. Existing files are replaced.
 
     \b
@@ -152,9 +184,7 @@ def decode(
       atoken decode bunny.atok --out bunny.webm
       atoken decode bunny.atok --out bunny-frames
     """
-    from tokenizer.media import SAVED_IMAGE_ENDINGS, SAVED_VIDEO_ENDINGS
-
-    exact = _names_a_file(out, (*SAVED_IMAGE_ENDINGS, *SAVED_VIDEO_ENDINGS), "pictures and videos")
+    exact = _names_a_file(out, _saved_endings(), "results")
     exact = exact or (video_format is None and _is_one_video(inputs))
     jobs = plan_jobs(inputs, Path(out), _find_token_files, exact=exact)
     codecs: dict[str, FileCodec] = {}
@@ -162,10 +192,18 @@ def decode(
     def work(job: Job, progress: ProgressBars) -> Result:
         name = model or _maker(job.source)
         if name not in codecs:
-            codecs[name] = _codec(name, device, dtype, image_format=image_format, video_format=video_format)
+            codecs[name] = _codec(
+                name,
+                device,
+                dtype,
+                image_format=image_format,
+                video_format=video_format,
+                gaussians=gaussians,
+                original=original,
+            )
         return codecs[name].decode(job, progress)
 
-    return run_jobs("decode", jobs, work, _decoded, as_json=as_json)
+    return run_jobs("decode", jobs, work, decoded_line, as_json=as_json)
 
 
 @app.command()
@@ -178,6 +216,8 @@ def reconstruct(
     device: Device = "auto",
     dtype: Precision = Dtype.auto,
     discrete: Discrete = False,
+    gaussians: Splats = None,
+    packing: Packed = Packing.auto,
     as_json: Json = False,
 ) -> int:
     """Originals and reconstructions side by side, and how close they are.
@@ -185,18 +225,51 @@ def reconstruct(
     Prints tokens, bits per pixel (the latents as stored, or 96 bits a token for 8 codebooks of 4096; per pixel of
     every frame), PSNR in dB and SSIM on 8-bit RGB, and seconds.
 
+    A 3D asset becomes three files of one name: Gaussians (.ply), a turntable clip (.mp4) and a contact sheet (.png),
+    the latter two with the original beside them. Its figures are of eight views that the model has not seen, on black.
+
     \b
     Examples:
       atoken demo --out atoken-demo
       atoken reconstruct atoken-demo/coffee.jpg --out coffee.png
       atoken reconstruct "atoken-demo/*.jpg" --out reconstructions
+      atoken reconstruct atoken-demo/chair.glb --out chair.ply
     """
-    from tokenizer.media import SAVED_IMAGE_ENDINGS, SAVED_VIDEO_ENDINGS, find_media
+    from tokenizer.cli.assets import find_inputs
 
-    exact = _names_a_file(out, (*SAVED_IMAGE_ENDINGS, *SAVED_VIDEO_ENDINGS), "pictures and videos")
-    jobs = plan_jobs(inputs, Path(out), find_media, exact=exact)
-    codec = _codec(model, device, dtype, discrete=discrete, image_format=image_format, video_format=video_format)
-    return run_jobs("reconstruct", jobs, codec.reconstruct, _reconstructed, as_json=as_json)
+    exact = _names_a_file(out, _saved_endings(), "results")
+    jobs = plan_jobs(inputs, Path(out), find_inputs, exact=exact)
+    codec = _codec(
+        model,
+        device,
+        dtype,
+        discrete=discrete,
+        image_format=image_format,
+        video_format=video_format,
+        gaussians=gaussians,
+        packing=packing,
+    )
+    return run_jobs("reconstruct", jobs, codec.reconstruct, reconstructed_line, as_json=as_json)
+
+
+@app.command()
+def view(
+    source: Annotated[str, typer.Argument(help="Gaussians in a .ply file.", metavar="FILE", show_default=False)],
+    out: Annotated[str | None, typer.Option(help="The page, or a folder for it; by default beside the file.")] = None,
+    max_gaussians: Annotated[int | None, typer.Option(help="Of more, show the most visible.", min=1)] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser of this machine.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Gaussians as a page that any browser shows: one HTML file, nothing from a network.
+
+    \b
+    Examples:
+      atoken demo --out atoken-demo
+      atoken view atoken-demo/chair-side-by-side.ply --out chair.html
+    """
+    from tokenizer.cli.view import view as write_view
+
+    return write_view(source, out, max_gaussians=max_gaussians, open_page=open_page, as_json=as_json)
 
 
 @app.command()
@@ -218,7 +291,7 @@ def info(
     facts: dict[str, Any] = describe_machine(place, choose_dtype(dtype, place))
     if model is not None:
         facts["model"] = describe_model(load_model(model, device, dtype, discrete=False))
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(nested_lines(facts)))
 
 
 @app.command()
@@ -251,13 +324,27 @@ def _codec(
     discrete: bool = False,
     image_format: ImageFormat = ImageFormat.png,
     video_format: VideoFormat | None = None,
+    gaussians: Path | None = None,
+    packing: Packing = Packing.auto,
+    original: bool = False,
 ) -> FileCodec:
     from tokenizer.cli.codec import FileCodec
     from tokenizer.cli.models import load_model
 
     video = video_format or VideoFormat.mp4
     video_ending = "" if video is VideoFormat.frames else f".{video}"
-    return FileCodec(load_model(model, device, dtype, discrete=discrete), f".{image_format}", video_ending)
+    loaded = load_model(model, device, dtype, discrete=discrete)
+    if gaussians is not None:
+        loaded.load_gaussian_decoder(gaussians, dtype=loaded.dtype)
+    rule = None if packing is Packing.auto else cast("PackingRule", packing.value)
+    return FileCodec(loaded, f".{image_format}", video_ending, rule, original=original)
+
+
+def _saved_endings() -> tuple[str, ...]:
+    """Endings of everything that decode and reconstruct write."""
+    from tokenizer.media import SAVED_IMAGE_ENDINGS, SAVED_VIDEO_ENDINGS
+
+    return (*SAVED_IMAGE_ENDINGS, *SAVED_VIDEO_ENDINGS, ".ply")
 
 
 def _names_a_file(out: str, endings: Sequence[str], what: str) -> bool:
@@ -296,33 +383,3 @@ def _find_token_files(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"{folder}: no {SUFFIX} files in it")
     return found
-
-
-def _encoded(result: Result) -> str:
-    return (
-        f"{result['source']} -> {result['out']}: {result['tokens']} tokens, {result['bytes']} bytes, "
-        f"{result['seconds']:.2f} s"
-    )
-
-
-def _decoded(result: Result) -> str:
-    size = f"{result['width']}x{result['height']}" + (f", {result['frames']} frames" if result["frames"] > 1 else "")
-    return f"{result['source']} -> {result['out']}: {size}, {result['seconds']:.2f} s"
-
-
-def _reconstructed(result: Result) -> str:
-    return (
-        f"{result['source']} -> {result['out']}: {result['tokens']} tokens, {result['bits_per_pixel']:.3f} bits/pixel, "
-        f"PSNR {result['psnr']:.2f} dB, SSIM {result['ssim']:.4f}, {result['seconds']:.2f} s"
-    )
-
-
-def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """Nested facts as indented lines."""
-    lines = []
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    return lines

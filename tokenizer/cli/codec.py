@@ -1,4 +1,5 @@
-"""One file through the model: encode, decode, reconstruct. Videos pass tile by tile, in bounded memory."""
+"""One file through the model: encode, decode, reconstruct. Videos pass tile by tile, in bounded memory; 3D assets go to
+`tokenizer.cli.assets`."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from tokenizer.api import AToken
+from tokenizer.assets.rules import PackingRule
+from tokenizer.cli.assets import AssetCodec, is_asset_input
 from tokenizer.cli.jobs import Job, refuse_own_source
 from tokenizer.cli.outcome import Result
 from tokenizer.cli.progress import ProgressBars
@@ -24,6 +27,7 @@ from tokenizer.media.writers import check_video_ending
 from tokenizer.patches import VisualSize, float_to_uint8, uint8_to_float
 from tokenizer.streaming import decode_stream, encode_stream
 from tokenizer.tokenfile import SUFFIX, TokenFile, TokenReader, TokenWriter, check_same_space
+from tokenizer.voxels import AssetSize
 
 Pixels = NDArray[np.uint8]
 
@@ -34,23 +38,37 @@ class FileCodec:
     Args:
         model: on its device, in its precision.
         image_ending, video_ending: of results whose name leaves the ending open; "" is a folder of PNG frames.
+        packing, original: see `AssetCodec`.
     """
 
-    def __init__(self, model: AToken, image_ending: str = ".png", video_ending: str = ".mp4") -> None:
+    def __init__(
+        self,
+        model: AToken,
+        image_ending: str = ".png",
+        video_ending: str = ".mp4",
+        packing: PackingRule | None = None,
+        *,
+        original: bool = False,
+    ) -> None:
         self.model = model
+        self.assets = AssetCodec(model, packing, original=original)
         self.endings = {"image": image_ending, "video": video_ending}
 
     def encode(self, job: Job, progress: ProgressBars) -> Result:
-        """A picture or video file -> a token file."""
+        """A picture, video or asset file -> a token file."""
         target = job.target.with_name(job.target.name + SUFFIX) if job.needs_ending else job.target
         refuse_own_source(job, target)
+        if is_asset_input(job.source):
+            return self.assets.encode(job, target, progress)
         size, tokens = self._encode_file(job.source, target, progress)
         return {"out": str(target), **_describe(size), "tokens": tokens, "bytes": target.stat().st_size}
 
     def decode(self, job: Job, progress: ProgressBars) -> Result:
-        """A token file -> a picture or video file."""
+        """A token file -> a picture, a video, or a .ply file of Gaussians."""
         reader = self._open_tokens(job.source)
         size = reader.origin.sizes[0]
+        if isinstance(size, AssetSize):
+            return self.assets.decode(job, reader)
         target = self._target(job, size.kind)
         if size.kind == "image":
             check_image_ending(target)
@@ -64,10 +82,12 @@ class FileCodec:
         return {"out": str(target), **_describe(size), "tokens": reader.num_tokens}
 
     def reconstruct(self, job: Job, progress: ProgressBars) -> Result:
-        """A picture or video file -> original and reconstruction side by side, and how close they are.
+        """A picture, video or asset file -> original and reconstruction side by side, and how close they are.
 
         A video is read twice: its tokens wait in a temporary token file, so that memory does not grow with its length.
         """
+        if is_asset_input(job.source):
+            return self.assets.reconstruct(job, progress)
         kind = media_kind(job.source)
         target = self._target(job, kind)
         refuse_own_source(job, target)
@@ -100,7 +120,7 @@ class FileCodec:
         if media_kind(source) == "image":
             encoding = self.model.encode_image(source)
             encoding.save(target)
-            return encoding.size, encoding.tokens.num_tokens
+            return _pixel_size(encoding.size), encoding.tokens.num_tokens
         reader = VideoReader(source)
         frames = 0
         with TokenWriter(target) as writer:
@@ -117,7 +137,7 @@ class FileCodec:
     def _compare_video(
         self, source: Path, tokens: TokenReader, target: Path, meter: ReconstructionMeter, progress: ProgressBars
     ) -> None:
-        size = tokens.origin.sizes[0]
+        size = _pixel_size(tokens.origin.sizes[0])
         originals = VideoReader(source).frames()
         progress.start_frames(f"{source.name}, decoding", size.frames)
         with VideoWriter(target, self._frame_rate(tokens), size.height, 2 * size.width) as writer:
@@ -129,7 +149,7 @@ class FileCodec:
 
     def _decoded_blocks(self, reader: TokenReader) -> Iterator[Pixels]:
         """Decode the video of a token file: uint8 [T, H, W, 3] blocks."""
-        size = reader.origin.sizes[0]
+        size = _pixel_size(reader.origin.sizes[0])
         _, rows, columns = size.grid(self.model.config.patch_size)
         tile = rows * columns * self.model.config.tile_steps
         for frames in decode_stream(self.model, reader.chunks(tile), size):
@@ -156,6 +176,11 @@ class FileCodec:
     def _frame_rate(reader: TokenReader) -> Fraction:
         # Stored as a float; 29.97... comes back as 30000/1001.
         return Fraction(reader.origin.frame_rates[0]).limit_denominator(1001)
+
+
+def _pixel_size(size: VisualSize | AssetSize) -> VisualSize:
+    assert isinstance(size, VisualSize)
+    return size
 
 
 def _describe(size: VisualSize) -> dict[str, Any]:

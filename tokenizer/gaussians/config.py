@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenizer.assets.rules import PackingRule
 from tokenizer.errors import InputError
 
 
@@ -22,6 +23,7 @@ class GaussianDecoderConfig:
     factors: what the raw output is multiplied with: position, colour, scale, rotation, opacity.
     skip: a linear layer beside the transformer, from the voxel token straight to the raw output. For small models,
         which it lets start at a linear fit (`tokenizer.training.gaussian_start`); released ones have none.
+    packing: how the voxels were packed that the decoder was trained on.
     """
 
     width: int = 768
@@ -38,6 +40,7 @@ class GaussianDecoderConfig:
     initial_opacity: float = 0.1
     factors: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 0.1, 1.0)
     skip: bool = False
+    packing: PackingRule = "released"
 
     def __post_init__(self) -> None:
         for name in ("width", "heads", "mlp_width", "inputs", "resolution", "gaussians"):

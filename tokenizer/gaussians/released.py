@@ -76,7 +76,13 @@ def config_from_released(released: Mapping[str, Any]) -> GaussianDecoderConfig:
 
 
 def config_to_released(config: GaussianDecoderConfig) -> dict[str, Any]:
-    """The released keys of a configuration."""
+    """The released keys of a configuration.
+
+    Raises:
+        InputError: a decoder with a skip, which the released format does not know.
+    """
+    if config.skip:
+        raise InputError("a Gaussian decoder with a skip has no released form")
     return {
         **{key: getattr(config, ours) for key, ours in _SIZES.items()},
         "attn_mode": _FIXED["attn_mode"],

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizer.api import AToken
-from tokenizer.assets.packing import PackingRule, pack
+from tokenizer.assets.packing import pack
+from tokenizer.assets.rules import PackingRule
 from tokenizer.assets.views import Views
 from tokenizer.atomic import atomic_path
 from tokenizer.cameras import Cameras

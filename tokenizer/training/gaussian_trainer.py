@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from tokenizer.api import AToken
-from tokenizer.assets.packing import PackingRule, octants
+from tokenizer.assets.packing import octants
 from tokenizer.cameras import Cameras
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
@@ -58,7 +58,7 @@ class GaussianTrainConfig:
     """A whole run.
 
     model: the frozen autoencoder, by name or folder. data: store of rendered assets.
-    decoder: sizes. packing: how views become voxels.
+    decoder: sizes, and how views become voxels.
     views: compared with in one step. start_assets: how many assets the start is fitted to.
     """
 
@@ -68,7 +68,6 @@ class GaussianTrainConfig:
     model: str = "atoken-nano"
     data: str = "datasets/furniture"
     out: str = "runs/nano-gaussians"
-    packing: PackingRule = "surface"
     seed: int = 0
     views: int = 2
     start_assets: int = 48
@@ -96,7 +95,7 @@ class GaussianTrainer:
         self.model = AToken.from_pretrained(config.model, dtype=torch.float32, device=device)
         self.cache = Path(config.data) / "decoded"
         assets, skipped = decode_all(
-            self.model, read_store(config.data, "train"), config.packing, config.decoder.resolution, self.cache
+            self.model, read_store(config.data, "train"), config.decoder.packing, config.decoder.resolution, self.cache
         )
         for name, reason in skipped.items():
             print(f"left out {name}: {reason}", file=sys.stderr)
@@ -237,7 +236,7 @@ class GaussianTrainer:
 
     def _voxels(self, asset: StoredAsset) -> SparseTokens:
         resolution = self.config.decoder.resolution
-        return decoded_voxels(self.model, asset, self.config.packing, resolution, self.cache).to(self.device)
+        return decoded_voxels(self.model, asset, self.config.decoder.packing, resolution, self.cache).to(self.device)
 
     def _log(self, record: dict[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
