@@ -23,8 +23,11 @@ from tokenizer.assets.mtl import read_mtl
 from tokenizer.assets.polygons import Polygons, cut_polygons
 from tokenizer.assets.shapes import Shape, Source
 from tokenizer.assets.text import as_utf8, display_colours, pieces, rows
+from tokenizer.errors import InputError
 
 _COLUMNS: Final = 6  # of a vertex: position, and red, green, blue in the dialect that has them
+
+_MAX_LINES: Final = 40_000_000  # the default number of faces with as many vertices, texture coordinates and normals
 
 
 def read_obj(data: bytes, source: Source) -> Shape:
@@ -37,6 +40,8 @@ def read_obj(data: bytes, source: Source) -> Shape:
     text = as_utf8(data).replace(b"\\\n", b" ")
     # Counting is quick: a file with too many faces is refused before it is taken apart.
     source.check_faces(text.count(b"\nf "))
+    if text.count(b"\n") > _MAX_LINES:
+        raise InputError(f"{source.files.name}: has more than {_MAX_LINES} lines; simplify it")
     contents = _Contents()
     for piece in pieces(text):
         contents.read(piece)
@@ -84,7 +89,7 @@ class _Contents:
         skins: list[int] = []
         # Lines with as many corners and as many slashes are turned into numbers together.
         faces: dict[tuple[int, int], list[_FaceLine]] = defaultdict(list)
-        for line in piece.split(b"\n"):
+        for line in filter(None, piece.split(b"\n")):
             key, _, rest = line.strip().partition(b" ")
             if key == b"v":
                 vertices.append(rest)
