@@ -37,7 +37,7 @@ for place, end in zip((3, 4), ends):
 os.execvp(sys.argv[3], sys.argv[3:])
 """
 
-_PATIENCE = 60.0
+_PATIENCE = 120.0
 """Seconds for anything; software drawing beside a busy machine takes its time."""
 
 
@@ -67,7 +67,11 @@ class Browser:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(_PATIENCE)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         for end in (self._read, self._write):
             os.close(end)
         self._log.close()
@@ -89,11 +93,14 @@ class Browser:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], _PATIENCE)
             data = os.read(self._read, 1 << 16) if ready else b""
-            assert data, f"Chromium {'is silent' if not ready else 'ended'} while it was asked for {reason}"
+            assert data, f"Chromium {'ended' if ready else 'is silent'} on {reason}: {self._last_words()}"
             self._buffer += data
         first, self._buffer = self._buffer.split(b"\0", 1)
         message: dict[str, Any] = json.loads(first)
         return message
+
+    def _last_words(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")[-500:]
 
 
 class Page:

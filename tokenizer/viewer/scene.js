@@ -1,6 +1,6 @@
 // The bytes that pack.py wrote -> typed arrays. What is unpacked once is kept for a lost graphics context.
 
-// For each Gaussian: means [3], axes [9] (three vectors, each a standard deviation long), colour [3], opacity.
+// values, for each Gaussian: means [3], axes [9] (three vectors, each a standard deviation long), colour [3], opacity.
 const FLOATS = 16;
 
 function decodeBase64(text) {
@@ -26,6 +26,8 @@ function unpack(scene, bytes) {
 
   const [low, high] = scene.scale_range;
   const values = new Float32Array(FLOATS * count);
+  const lowest = [Infinity, Infinity, Infinity];
+  const highest = [-Infinity, -Infinity, -Infinity];
   const quaternion = [0, 0, 0, 0];
   for (let i = 0; i < count; i++) {
     const at = FLOATS * i;
@@ -44,8 +46,12 @@ function unpack(scene, bytes) {
       paint[4 * i + 1] / 65535 * scene.peak,
       paint[4 * i + 2] / 65535 * scene.peak,
     ], at);
+    for (let axis = 0; axis < 3; axis++) {
+      lowest[axis] = Math.min(lowest[axis], means[3 * i + axis]);
+      highest[axis] = Math.max(highest[axis], means[3 * i + axis]);
+    }
   }
-  return { count, means, values };
+  return { count, means, values, low: lowest, high: highest };
 }
 
 function unpackRotation(bits, quaternion) {
