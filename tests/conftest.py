@@ -13,7 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from tokenizer import AToken, ATokenConfig, checkpoints
+from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
 from tokenizer.model.config import FSQConfig, TransformerConfig
+
+TINY_GAUSSIANS = GaussianDecoderConfig(
+    width=12, depth=1, heads=2, mlp_width=16, window=4, resolution=12, gaussians=8, packing="surface"
+)
 
 # More threads than this only get in each other's way on tensors as small as the tests'.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -46,6 +51,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, quantizer in (("atoken-nano", None), ("atoken-nano-d", FSQConfig())):
         model = AToken(ATokenConfig(name=name, encoder=encoder, decoder=decoder, quantizer=quantizer))
         model.reset_parameters(torch.Generator().manual_seed(len(name)))
+        decoder = GaussianDecoder(TINY_GAUSSIANS)
+        decoder.reset_parameters(torch.Generator().manual_seed(len(name)))
+        model.use_gaussian_decoder(decoder)
         model.save_pretrained(folder / name)
     return folder
 

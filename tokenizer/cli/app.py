@@ -233,7 +233,7 @@ def reconstruct(
       atoken demo --out atoken-demo
       atoken reconstruct atoken-demo/coffee.jpg --out coffee.png
       atoken reconstruct "atoken-demo/*.jpg" --out reconstructions
-      atoken reconstruct atoken-demo/chair.glb --out chair.ply
+      atoken reconstruct atoken-demo/parasol.glb --out parasol.ply
     """
     from tokenizer.cli.assets import find_inputs
 
@@ -265,7 +265,7 @@ def view(
     \b
     Examples:
       atoken demo --out atoken-demo
-      atoken view atoken-demo/chair-side-by-side.ply --out chair.html
+      atoken view atoken-demo/parasol-side-by-side.ply --out parasol.html
     """
     from tokenizer.cli.view import view as write_view
 

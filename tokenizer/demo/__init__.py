@@ -1,4 +1,4 @@
-"""The photograph and the clip that `atoken demo` reconstructs; CREDITS.md says where they come from."""
+"""The photograph, the clip and the 3D model that `atoken demo` reconstructs; CREDITS.md says where they come from."""
 
 from pathlib import Path
 
@@ -7,3 +7,6 @@ PHOTOGRAPH = Path(__file__).with_name("coffee.jpg")
 
 CLIP = Path(__file__).with_name("bunny.mp4")
 """36 frames of 320x180 at 25 frames per second."""
+
+ASSET = Path(__file__).with_name("parasol.glb")
+"""5,628 triangles with a texture of 512x512."""

