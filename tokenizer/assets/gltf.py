@@ -19,6 +19,7 @@ from tokenizer.assets.mesh import Floats
 from tokenizer.assets.shapes import Shape, Source, joined
 
 _TRIANGLES, _STRIP, _FAN = 4, 5, 6
+_PLACING = {"matrix", "translation", "rotation", "scale"}
 
 
 def read_gltf(data: bytes, source: Source) -> Shape:
@@ -61,7 +62,8 @@ def _placed_meshes(document: Document) -> Iterator[tuple[object, Floats]]:
         if number in visited:
             raise ValueError(f"nodes[{number}] is in the scene twice; nodes have to form a tree")
         visited.add(number)
-        matrix = parent @ _local_matrix(node)
+        # Most nodes of large scenes only group others.
+        matrix = parent @ _local_matrix(node) if _PLACING & node.keys() else parent
         if "mesh" in node:
             yield node["mesh"], matrix
         stack += [(child, matrix) for child in reversed(field(node, "children", list, []))]

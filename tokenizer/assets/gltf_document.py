@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 # Python objects take far more memory than the text they come from.
 _MAX_JSON_VALUES: Final = 2_000_000
 
+_MAX_ZEROS: Final = 1_000_000
+
 _JSON_CHUNK: Final = b"JSON"
 _BINARY_CHUNK: Final = b"BIN\0"
 
@@ -148,6 +150,9 @@ class Document:
         if "bufferView" in item:
             values = self._table(item, dtype, count, width)
         else:
+            # Zeros, which a sparse accessor may overwrite; a file can ask for any number of them.
+            if count > _MAX_ZEROS:
+                raise ValueError(f"accessors[{number}] has {count} rows without data")
             values = np.broadcast_to(np.zeros(1, dtype), (count, width))
         scale = float(np.iinfo(dtype).max) if item.get("normalized") is True and dtype.kind in "iu" else 1.0
         return Accessor(values, scale, self._overrides(item, dtype, count, width))

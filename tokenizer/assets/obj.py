@@ -137,20 +137,15 @@ def _vertex_rows(lines: Sequence[bytes]) -> Floats:
 
 def _polygons(lines: Sequence[_FaceLine], corners: int, slashes: int) -> Polygons:
     words, numbers, vertices_seen, uv_seen = zip(*lines, strict=True)
-    if slashes % corners:
-        words = tuple(map(_evenly, words))
-        slashes = 2 * corners
-    text = b" ".join(words)
+    text = b" ".join(b" ".join(words).split())
     if slashes:
+        each = b"/" * (slashes // corners)
+        if text.translate(None, b"+-0123456789") != b" ".join([each] * (corners * len(lines))):
+            text = b" ".join(b"/".join([*word.split(b"/"), b"", b""][:3]) for word in text.split())
         text = re.sub(rb"/(?=[/ ]|$)", b"/0", text).replace(b"/", b" ")
     indices = np.fromiter(map(int, text.split()), np.int64).reshape(len(lines), corners, -1)
     uv = _resolved(indices[..., 1], uv_seen) if indices.shape[2] > 1 else np.full_like(indices[..., 0], -1)
     return Polygons(_resolved(indices[..., 0], vertices_seen), np.array(numbers), uv)
-
-
-def _evenly(words: bytes) -> bytes:
-    """'1/1 2 3//3' -> '1/1/ 2// 3//3'."""
-    return b" ".join(b"/".join([*word.split(b"/"), b"", b""][:3]) for word in words.split())
 
 
 def _resolved(indices: NDArray[np.int64], seen: Sequence[int]) -> NDArray[np.int64]:

@@ -18,10 +18,10 @@ _COMPARED_AT_ONCE: Final = 2**18
 class Budget:
     """Comparisons that the search for ears may take; they can grow with the cube of the corners.
 
-    The default lasts some seconds, real assets need a small part of it. Afterwards fans have to do.
+    The default lasts a few seconds, real assets need a small part of it. Afterwards fans have to do.
     """
 
-    def __init__(self, comparisons: int = 20_000_000) -> None:
+    def __init__(self, comparisons: int = 5_000_000) -> None:
         self._left = comparisons
 
     def allows(self, comparisons: int) -> bool:
