@@ -209,13 +209,13 @@ def test_gradients_by_finite_differences() -> None:
 @pytest.mark.parametrize(
     "limits",
     [
-        {"_PAIRS": 300},
-        {"_PAIRS": 700, "_KEPT": 0},
-        {"_ELEMENTS": 1, "_LAYERS": 1},
-        {"_ELEMENTS": 1 << 30},
+        {"_RANGE": 5000},
+        {"_RANGE": 10_000, "_KEPT": 0},
+        {"_BLOCK": 300, "_LAYERS": 1},
+        {"_BLOCK": 1 << 30},
         {"_TILES": (1,)},
-        {"_TILES": (2,), "_PAIRS": 900, "_ELEMENTS": 500, "_LAYERS": 3},
-        {"_TILES": (16,), "_PAIRS": 100},
+        {"_TILES": (2,), "_RANGE": 3000, "_BLOCK": 500, "_LAYERS": 3},
+        {"_TILES": (16,), "_RANGE": 2000},
         {"_TILES": (64,)},
         {"SORTABLE": 40},
     ],
@@ -272,21 +272,23 @@ def test_memory_grows_with_neither_lists_nor_pictures(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(rasterize_torch, "tile_lists", counted_lists)
     monkeypatch.setattr(rasterize_torch._Sweep, "_block", counted_block)
-    monkeypatch.setattr(rasterize_torch, "_PAIRS", 4000)
-    scene = random_scene(2000, 0, (2.0, 3.0))
+    monkeypatch.setattr(rasterize_torch, "_TILES", (8,))
+    monkeypatch.setattr(rasterize_torch, "_RANGE", 1000 * 64)
+    monkeypatch.setattr(rasterize_torch, "_BLOCK", 1 << 13)
+    scene = random_scene(1000, 0, (2.0, 3.0))
     scene[3] = 0.2 * scene[3]
-    picture = draw(scene, cameras_of(1), 128)
-    fewest = min(TileGrid(128, 128, tile).tiles for tile in rasterize_torch._TILES)
-    assert len(lengths) >= 2000 * fewest // 4000
-    assert max(lengths) <= 4000
-    assert max(elements) <= max(rasterize_torch._ELEMENTS, rasterize_torch._LAYERS * 128 * 128)
-    assert sum(lengths) < 0.2 * 2000 * fewest
+    picture = draw(scene, cameras_of(1), 64)
+    pairs = 1000 * TileGrid(64, 64, 8).tiles
+    assert len(lengths) >= pairs // 1000
+    assert max(lengths) <= 1000
+    assert max(elements) <= 1 << 13
+    assert sum(lengths) < 0.3 * pairs
     assert float(picture.alpha.min()) > 0.999
 
 
 def test_float32_is_close_to_float64() -> None:
     """Rounding can move an alpha across the cut, which changes single pixels by 1 / 255 at most, and no more."""
-    scene = random_scene(3000, 5, (3e-3, 2e-2))
+    scene = random_scene(2000, 5, (3e-3, 2e-2))
     exact = layers(draw(scene, cameras_of(2), 64))
     single = layers(draw([tensor.float() for tensor in scene], cameras_of(2), 64))
     assert single.dtype == torch.float32

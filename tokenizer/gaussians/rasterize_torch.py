@@ -2,16 +2,16 @@
 
 How it is fast without a kernel of its own. Lists of Gaussians, one for each small tile, are cut across: layer k holds
 the k-th Gaussian of every tile, and as tiles are sorted by the length of their lists, the tiles of a layer are always
-the first n. So there is no padding, the loop runs over layers and not over tiles or Gaussians, and each step works on
-all pixels at once:
+the first n. So there is next to no padding, the loop runs over layers and not over tiles or Gaussians, and each step
+works on thousands of pixels at once:
 
     weight = alpha * transmittance        transmittance = transmittance - weight
 
 The exponents of a block of layers are one matrix product: seen from the middle of a tile the exponent is a quadratic
 polynomial of the pixel, six coefficients for each Gaussian against six monomials for each pixel.
 
-Memory. A block holds `_ELEMENTS` alphas and stays in the processor's cache. Lists are made for a range of depths at a
-time with at most `_PAIRS` entries (or one Gaussian); tiles that became opaque get none any more. Nothing grows with
+Memory. A block holds at most `_BLOCK` alphas and stays in the processor's cache. Lists are made for a range of depths
+at a time, of at most `_RANGE` alphas (or one Gaussian); tiles that became opaque get none any more. Nothing grows with
 pixels times Gaussians.
 
 The backward pass goes front to back, too: what lies behind a layer is the finished picture less what lies before, so
@@ -42,15 +42,21 @@ from tokenizer.gaussians.tiles import MIN_ALPHA, SORTABLE, Footprints, TileGrid,
 MAX_ALPHA = 0.999
 MIN_TRANSMITTANCE = 1e-4
 
-_TILES = (4, 8, 16)
-"""Edges of tiles to choose from: small ones waste fewer pixels, large ones make fewer pairs."""
+_TILES = (4, 8)
+"""Edges of tiles to choose from: small ones waste fewer pixels, large ones make fewer pairs (16 never paid)."""
 
 _PAIR_COST = 8.0
 """Time to list and fetch one pair of a tile and a Gaussian, in units of the time for one pixel of it (measured)."""
 
-_ELEMENTS = 1 << 18
+_BLOCK = 1 << 18
+"""Alphas of a block: as many as the cache holds."""
+
 _LAYERS = 8
-_PAIRS = 1 << 19
+"""Layers of a block, or more: a block takes so many tiles that as many fit, as layers share what is done for tiles."""
+
+_RANGE = 1 << 22
+"""Alphas of a range of depths, unless one Gaussian has more: fewer would pass over opaque tiles sooner, but slower."""
+
 _KEPT = 1 << 22
 """Pairs whose lists are kept for the backward pass; beyond, they are made again."""
 
@@ -120,7 +126,7 @@ def _plan(splats: Splats, size: tuple[int, int]) -> _Plan:
         order=order,
         footprints=footprints.select(order),
         grid=grids[best],
-        ranges=list(_ranges(ends, _PAIRS)),
+        ranges=list(_ranges(ends, _RANGE // grids[best].pixels)),
         clamped=bool((splats.log_opacities[order] > math.log(MAX_ALPHA)).any()),
     )
 
@@ -136,8 +142,9 @@ def _ranges(ends: list[float], most: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(slots=True)
 class _Block:
-    """Layers of the lists of the first n tiles of a range.
+    """Layers of the lists of n tiles.
 
+    tiles: which of the tiles of a range of depths.
     gaussians: [K * n] rows of the table.
     middle: [2, K, n] middle of the tile less centre of the Gaussian.
     curves: [3, K, n] xx, xy, yy of the conic, times -1/2, -1, -1/2.
@@ -147,6 +154,7 @@ class _Block:
     after: [P, K, n] transmittance behind each layer, zero once the pixel is finished.
     """
 
+    tiles: slice
     gaussians: Tensor
     middle: Tensor
     curves: Tensor
@@ -154,11 +162,6 @@ class _Block:
     alphas: Tensor
     weights: Tensor
     after: Tensor
-
-    @property
-    def tiles(self) -> int:
-        """n, tiles of the block."""
-        return self.weights.shape[2]
 
 
 class _Sweep:
@@ -188,14 +191,14 @@ class _Sweep:
     def _blocks(self, lists: TileLists) -> Iterator[_Block]:
         transmittance = self.transmittance.index_select(1, lists.tiles)
         middles = self.plan.grid.middles(lists.tiles, self.table.dtype)
-        for first, layers, count in lists.layers(self.plan.grid.pixels, _ELEMENTS, _LAYERS):
-            gaussians = lists.entries(first, layers, count, self.table.shape[1] - 1)
-            block = self._block(gaussians, middles[:, :count], transmittance[:, :count])
-            transmittance[:, :count] = block.after[:, -1]
+        for part in lists.blocks(self.plan.grid.pixels, _BLOCK, _LAYERS):
+            gaussians = lists.entries(part, self.table.shape[1] - 1)
+            block = self._block(part.tiles, gaussians, middles[:, part.tiles], transmittance[:, part.tiles])
+            transmittance[:, part.tiles] = block.after[:, -1]
             yield block
         self.transmittance[:, lists.tiles] = transmittance
 
-    def _block(self, gaussians: Tensor, middles: Tensor, before: Tensor) -> _Block:
+    def _block(self, tiles: slice, gaussians: Tensor, middles: Tensor, before: Tensor) -> _Block:
         count = middles.shape[1]
         polynomial = self.table.index_select(1, gaussians).unflatten(1, (-1, count))
         constant, x, y, xx, xy, yy = polynomial[:_GEOMETRY]
@@ -221,7 +224,7 @@ class _Sweep:
             torch.threshold_(after, MIN_TRANSMITTANCE, 0.0)
             # As alpha is at most MAX_ALPHA, a weight is less than 1000 times what is left, unless that was set to zero.
             torch.minimum(weights, after * (1.001 / (1.0 - MAX_ALPHA)), out=weights)
-        return _Block(gaussians, middle, polynomial[3:6], polynomial[_GEOMETRY:], alphas, weights, after)
+        return _Block(tiles, gaussians, middle, polynomial[3:6], polynomial[_GEOMETRY:], alphas, weights, after)
 
 
 class _Composite(torch.autograd.Function):
@@ -233,10 +236,10 @@ class _Composite(torch.autograd.Function):
         for tiles, blocks in _Sweep(table, plan):
             part = table.new_zeros(channels + 1, grid.pixels, len(tiles))
             for block in blocks:
-                shown = part[:-1, :, : block.tiles]
+                shown = part[:-1, :, block.tiles]
                 for weight, channel in zip(block.weights.unbind(1), block.channels.unbind(1), strict=True):
                     shown.addcmul_(weight[None], channel[:, None])
-                part[-1, :, : block.tiles] += block.weights.sum(1)
+                part[-1, :, block.tiles] += block.weights.sum(1)
             picture[:, :, tiles] += part
         image = grid.join(picture)
         ctx.save_for_backward(table, image)
@@ -257,8 +260,8 @@ class _Composite(torch.autograd.Function):
         for tiles, blocks in sweep:
             gradient, behind = gradients.index_select(2, tiles), remaining.index_select(1, tiles)
             for block in blocks:
-                part = gradient[:, :, : block.tiles]
-                rows = _block_gradient(block, sweep.monomials, part, used, behind[:, : block.tiles], plan.clamped)
+                part = gradient[:, :, block.tiles]
+                rows = _block_gradient(block, sweep.monomials, part, used, behind[:, block.tiles], plan.clamped)
                 result.scatter_add_(1, block.gaussians.expand(len(rows), -1), rows.flatten(1))
             remaining[:, tiles] = behind
         full = torch.zeros_like(table)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -142,28 +143,39 @@ class TileLists:
     lengths: Tensor
     host_lengths: list[int]
 
-    def layers(self, pixels: int, elements: int, least: int) -> Iterator[tuple[int, int, int]]:
-        """Cut the lists into blocks (first, layers, count): entries first .. first + layers of the longest lists.
+    def blocks(self, pixels: int, alphas: int, layers: int) -> Iterator[ListBlock]:
+        """Cut the lists into blocks of at most `alphas` alphas (or one tile) and mostly at least `layers` layers.
 
-        A block holds about `elements` alphas, but at least `least` layers. Tiles whose lists are no longer than `first`
-        drop out, so that no more than a block is ever padded.
+        A block is a range of tiles and a range of layers: entries of their lists, of which the first is as long as any.
+        Tiles whose lists have ended drop out, so that no more than a block is ever padded.
         """
-        first, count = 0, len(self.host_lengths)
-        while count and (deepest := self.host_lengths[0]) > first:
-            while self.host_lengths[count - 1] <= first:
-                count -= 1
-            layers = min(max(least, elements // (pixels * count)), deepest - first)
-            yield first, layers, count
-            first += layers
+        group = max(1, alphas // (pixels * layers))
+        for begin in range(0, len(self.host_lengths), group):
+            first, end = 0, min(begin + group, len(self.host_lengths))
+            while (left := self.host_lengths[begin] - first) > 0:
+                while self.host_lengths[end - 1] <= first:
+                    end -= 1
+                block = ListBlock(slice(begin, end), first, min(max(1, alphas // (pixels * (end - begin))), left))
+                yield block
+                first += block.layers
 
-    def entries(self, first: int, layers: int, count: int, nothing: int) -> Tensor:
-        """[layers * count] int64 rows of a block, layer after layer; `nothing` beyond the end of a list."""
-        layer = torch.arange(first, first + layers, device=self.starts.device)[:, None]
-        places = (self.starts[:count] + layer).clamp_max_(len(self.gaussians) - 1)
+    def entries(self, block: ListBlock, nothing: int) -> Tensor:
+        """[layers * tiles] int64 rows of a block, layer after layer; `nothing` beyond the end of a list."""
+        behind = block.first + block.layers
+        layer = torch.arange(block.first, behind, device=self.starts.device)[:, None]
+        places = (self.starts[block.tiles] + layer).clamp_max_(len(self.gaussians) - 1)
         rows = self.gaussians.index_select(0, places.flatten())
-        if self.host_lengths[count - 1] < first + layers:
-            rows = torch.where((layer < self.lengths[:count]).flatten(), rows, nothing)
+        if self.host_lengths[block.tiles.stop - 1] < behind:
+            rows = torch.where((layer < self.lengths[block.tiles]).flatten(), rows, nothing)
         return rows
+
+
+class ListBlock(NamedTuple):
+    """Entries first .. first + layers - 1 of the lists of some of the tiles."""
+
+    tiles: slice
+    first: int
+    layers: int
 
 
 def tile_lists(footprints: Footprints, grid: TileGrid, live: Tensor) -> TileLists:
