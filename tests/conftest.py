@@ -51,9 +51,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, quantizer in (("atoken-nano", None), ("atoken-nano-d", FSQConfig())):
         model = AToken(ATokenConfig(name=name, encoder=encoder, decoder=decoder, quantizer=quantizer))
         model.reset_parameters(torch.Generator().manual_seed(len(name)))
-        decoder = GaussianDecoder(TINY_GAUSSIANS)
-        decoder.reset_parameters(torch.Generator().manual_seed(len(name)))
-        model.use_gaussian_decoder(decoder)
+        gaussians = GaussianDecoder(TINY_GAUSSIANS)
+        gaussians.reset_parameters(torch.Generator().manual_seed(len(name)))
+        model.use_gaussian_decoder(gaussians.eval().requires_grad_(False))
         model.save_pretrained(folder / name)
     return folder
 

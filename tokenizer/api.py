@@ -146,21 +146,25 @@ class AToken(ATokenNetwork):
         """
         from tokenizer.gaussians.checkpoints import load_gaussian_decoder
 
-        decoder = load_gaussian_decoder(source, dtype=dtype, device=self.device)
+        try:
+            self.use_gaussian_decoder(load_gaussian_decoder(source, dtype=dtype, device=self.device))
+        except InputError as error:
+            raise InputError(f"{source}: {error}" if str(source) not in str(error) else str(error)) from None
+
+    def use_gaussian_decoder(self, decoder: GaussianDecoder) -> None:
+        """Take `decoder` for `decode_asset` and `save_pretrained`.
+
+        Raises:
+            InputError: it takes voxels of another size than this model makes.
+        """
         _, rows, columns = self.config.patch_size
         if decoder.config.inputs != rows * columns * 3:
             raise InputError(
-                f"{source}: takes voxels of {decoder.config.inputs} channels, {self.config.name} makes "
+                f"the Gaussian decoder takes voxels of {decoder.config.inputs} channels, {self.config.name} makes "
                 f"{rows * columns * 3}"
             )
         # Past nn.Module, which would make it part of the state dict.
         object.__setattr__(self, "gaussian_decoder", decoder)
-
-    def export_released(self, path: str | PathLike[str]) -> None:
-        """Write a released-format checkpoint (.safetensors or .pt) and its configuration (.json) beside it."""
-        from tokenizer.checkpoints import export_released
-
-        export_released(self, Path(path))
 
     @property
     def fingerprint(self) -> str:

@@ -202,6 +202,18 @@ class Scene:
             travelled = travelled[through] + step
         return Hits(colour, np.where(depth < 0, glass, depth), first)
 
+    def pixel_rays(self, camera: Cameras, size: int) -> tuple[Floats, Floats]:
+        """Origins and directions [H W, 3] through the pixel centres of one camera, row by row."""
+        rays = _PixelRays(camera, size)
+        rows, columns = (index.ravel() for index in np.indices((size, size)))
+        directions = rays.directions(rows + 0.5, columns + 0.5)
+        return np.broadcast_to(rays.origin, directions.shape).copy(), directions
+
+    def first_faces(self, origins: Floats, directions: Floats) -> NDArray[np.int32]:
+        """The face that each ray [P, 3] hits first, -1 for none; no colours, no transparency."""
+        faces: NDArray[np.int32] = self._scene.run(origins, directions)
+        return faces
+
     def _shade(
         self, face: NDArray[np.int64], u: Floats, v: Floats, normal: Floats, ray: Floats, footprint: Floats
     ) -> Floats:

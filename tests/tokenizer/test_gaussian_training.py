@@ -1,0 +1,187 @@
+"""Training a Gaussian decoder on rendered views: the store, the linear start, the loop, and what it is measured with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.tokenizer.test_asset_views import square, stacked
+from tokenizer import AToken
+from tokenizer.assets.mesh import Material, Mesh
+from tokenizer.assets.packing import octants
+from tokenizer.assets.raycast import render_views
+from tokenizer.cameras import sphere_cameras
+from tokenizer.config import load_config
+from tokenizer.errors import InputError
+from tokenizer.evaluation import assets as evaluation
+from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
+from tokenizer.gaussians.attributes import SH_DEGREE_0
+from tokenizer.sparse import SparseTokens
+from tokenizer.training import gaussian_trainer
+from tokenizer.training.asset_store import decoded_voxels, read_store
+from tokenizer.training.gaussian_start import ABSENT, PRESENT, start_from_octants
+from tokenizer.training.gaussian_trainer import GaussianTrainConfig, GaussianTrainer
+
+CONFIG = Path("configs/tokenizer/nano-gaussians.yaml")
+SMALL = GaussianDecoderConfig(
+    width=12, depth=1, heads=2, mlp_width=16, window=4, resolution=8, gaussians=8, skip=True, packing="surface"
+)
+
+
+def thing(number: int) -> Mesh:
+    """Two coloured squares, other ones for each number."""
+    rng = np.random.default_rng(number)
+    colours = [Material((*rng.uniform(0.2, 1.0, 3), 1.0)) for _ in range(2)]
+    return stacked(*(square(h, s, c) for h, s, c in zip((-0.2, 0.2), rng.uniform(0.4, 0.9, 2), colours, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small assets as `data.sources.furniture` stores them; one of them is damaged, two are for evaluation."""
+    folder = tmp_path_factory.mktemp("furniture")
+    models = []
+    for number in range(6):
+        mesh = thing(number)
+        seen = render_views(mesh, sphere_cameras(6, 0.75), 48)
+        unseen = render_views(mesh, sphere_cameras(3, 0.75, phase=1.0), 48)
+        tensors = {"seen.depth": seen.depth.half()}
+        for part, views in (("seen", seen), ("unseen", unseen)):
+            tensors[f"{part}.colours"] = torch.from_numpy(views.colours)
+            tensors[f"{part}.world_to_camera"] = views.cameras.world_to_camera
+            tensors[f"{part}.intrinsics"] = views.cameras.intrinsics
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{number}.safetensors")
+        split = "train" if number < 4 else "evaluation"
+        models.append(
+            {"file": f"{number}.safetensors", "name": f"thing {number}", "category": "things", "split": split}
+        )
+    (folder / "3.safetensors").write_bytes((folder / "3.safetensors").read_bytes()[:1000])
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "models": models}))
+    return folder
+
+
+def config(store: Path, out: Path, model: Path, steps: int = 6) -> GaussianTrainConfig:
+    overrides = [f"data={store}", f"out={out}", f"model={model}", f"steps={steps}", "start_assets=2"]
+    settings = load_config(GaussianTrainConfig, CONFIG, [*overrides, "validate_every=3", "save_every=2"])
+    return replace(settings, decoder=SMALL, optimizer=replace(settings.optimizer, warmup=2))
+
+
+# ---------------------------------------------------------------------- start
+
+
+def test_the_start_reads_octants_off_linear_tokens() -> None:
+    """Where tokens hold the octants themselves, the start gives them back as Gaussians."""
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    present = torch.rand(count, 8, generator=generator) < 0.6
+    present[:, 0] = True
+    low = torch.tensor([[(o >> 2) & 1, (o >> 1) & 1, o & 1] for o in range(8)]) * 0.5
+    place = low + 0.5 * torch.rand(count, 8, 3, generator=generator)
+    colour = torch.rand(count, 8, 3, generator=generator)
+    features = torch.cat([place.flatten(1), colour.flatten(1), present.float()], dim=1)
+    decoder = GaussianDecoder(replace(SMALL, inputs=features.shape[1]))
+    decoder.reset_parameters(generator)
+    counts = present * 5
+    start_from_octants(decoder, [features], [place], [colour * present[..., None]], [counts])
+    positions = torch.zeros(count, 4, dtype=torch.int32)
+    row = torch.arange(count)
+    positions[:, 1:] = torch.stack([row // 512, row // 64 % 8, row % 64], dim=1)
+    with torch.no_grad():
+        gaussians = decoder.gaussians(SparseTokens(features, positions, [count]))
+    opacity = gaussians.opacities.unflatten(0, (count, 8))[..., 0]
+    assert float((opacity[present] - PRESENT).abs().max()) < 0.02
+    assert float((opacity[~present] - ABSENT).abs().max()) < 0.02
+    means = ((gaussians.means + 0.5).unflatten(0, (count, 8)) * 8 - positions[:, None, 1:])[present]
+    # The inverse of tanh is bent, the fit is straight: a few hundredths of a voxel remain.
+    assert float((means - place[present]).square().mean().sqrt()) < 0.05
+    shown = (SH_DEGREE_0 * gaussians.dc + 0.5).unflatten(0, (count, 8))
+    assert float((shown - colour)[:, 0].square().mean().sqrt()) < 0.02  # octant 0 is always there
+
+
+def test_a_start_needs_room() -> None:
+    for odd in (replace(SMALL, skip=False), replace(SMALL, gaussians=12)):
+        with pytest.raises(InputError, match="multiple of 8"):
+            start_from_octants(GaussianDecoder(odd), [], [], [], [])
+
+
+# ---------------------------------------------------------------------- loop
+
+
+def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
+    store: Path, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gaussian_trainer, "VALIDATION_SHARE", 3)
+    model = tiny_models / "atoken-nano"
+    device = torch.device("cpu")
+    whole = GaussianTrainer(config(store, tmp_path / "whole", model), device).run()
+    assert "left out 3.safetensors" in capsys.readouterr().err
+    records = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert records[0]["step"] == 0
+    assert records[-1]["step"] == 6
+    assert records[-1]["psnr"] > records[0]["psnr"]
+
+    stopped = GaussianTrainer(config(store, tmp_path / "parts", model), device)
+    original, seen = stopped._step, []
+
+    def step_until_killed(step: int) -> dict[str, float]:
+        seen.append(step)
+        if step == 3:  # after the state of step 2 was saved
+            raise KeyboardInterrupt
+        return original(step)
+
+    monkeypatch.setattr(stopped, "_step", step_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    resumed = GaussianTrainer(config(store, tmp_path / "parts", model), device).run()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_what_cannot_be_trained_is_one_line(store: Path, tiny_models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no store of assets"):
+        read_store(tmp_path, "train")
+    (tmp_path / "manifest.json").write_text('{"models": [{"split": "train"}]}')
+    with pytest.raises(InputError, match="damaged"):
+        read_store(tmp_path, "train")
+    (tmp_path / "manifest.json").write_text('{"models": []}')
+    with pytest.raises(InputError, match="no assets of the split"):
+        read_store(tmp_path, "train")
+    model = AToken.from_pretrained(tiny_models / "atoken-nano", dtype=torch.float32)
+    with pytest.raises(InputError, match="not a readable asset"):
+        decoded_voxels(model, read_store(store, "train")[3], "surface", 8, tmp_path)
+    assert gaussian_trainer.main(["--config", str(CONFIG), f"data={tmp_path}", f"out={tmp_path}/run"]) == 1
+    assert gaussian_trainer.main(["--config", str(CONFIG), "veiws=3"]) == 1
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def test_evaluation_beside_flat_voxels(store: Path, tiny_models: Path, tmp_path: Path) -> None:
+    asset = read_store(store, "evaluation")[0]
+    voxels, _, colours, counts = octants(asset.views("seen"), 8)
+    spheres = evaluation.flat_gaussians(asset, 8, 0.3)
+    assert len(spheres) == len(voxels.coordinates)
+    mean = (colours * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
+    torch.testing.assert_close(spheres.colours, mean)
+    status = evaluation.main(
+        ["--model", str(tiny_models / "atoken-nano"), "--data", str(store), "--out", str(tmp_path / "out")]
+    )
+    assert status == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    means = results["mean"]
+    assert means["assets"] == 2
+    assert means["flat psnr, best size of each asset"] >= means["flat psnr, one size"]
+    assert means["psnr"] == pytest.approx(sum(entry["psnr"] for entry in results["assets"]) / 2)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_psnr_of_views_is_their_mean() -> None:
+    wanted = torch.zeros(2, 4, 4, 3)
+    drawn = torch.stack([torch.full((4, 4, 3), 0.1), torch.full((4, 4, 3), 0.01)])
+    assert evaluation.mean_psnr(drawn, wanted) == pytest.approx((20 + 40) / 2)
+    assert evaluation.mean_psnr(wanted, wanted) == pytest.approx(100)
