@@ -4,7 +4,9 @@
 // KERNEL square pixels, dimmed by what the widening would add in light (Mip-Splatting).
 
 const TEXELS = FLOATS / 4;
-const ROW = 1024; // Gaussians in a row of the texture
+const ROW = 1024; // Gaussians in a row of the textures
+const BATCH = 256; // quads of an instance: instances of one quad keep graphics cards, and drawing in software, waiting
+const [SPLATS, ORDER, LAYER] = [0, 1, 2]; // texture units
 const BUCKETS = 1 << 16; // of depth; as many as a processor's second cache holds
 
 const VERTEX = `#version 300 es
@@ -16,21 +18,25 @@ const float MARGIN = 0.15;
 const float MIN_FILTER = 2.5e-5;
 
 uniform highp sampler2D splats;
+uniform highp usampler2D order;
+uniform int count;
 uniform vec3 eye, right, down, forward;
 uniform vec2 size;
 uniform float focal, near;
-layout(location = 0) in uint splat;
 out vec2 offset;
 flat out vec4 paint;
 
 void main() {
-  ivec2 at = ivec2(int(splat % ${ROW}u) * ${TEXELS}, int(splat / ${ROW}u));
+  gl_Position = vec4(0.0, 0.0, 2.0, 1.0); // outside, unless it turns out to be visible
+  int rank = gl_InstanceID * ${BATCH} + gl_VertexID / 4;
+  if (rank >= count) return;
+  int splat = int(texelFetch(order, ivec2(rank % ${ROW}, rank / ${ROW}), 0).r);
+  ivec2 at = ivec2(splat % ${ROW} * ${TEXELS}, splat / ${ROW});
   vec4 p = texelFetch(splats, at, 0);
   vec4 q = texelFetch(splats, at + ivec2(1, 0), 0);
   vec4 r = texelFetch(splats, at + ivec2(2, 0), 0);
   vec4 s = texelFetch(splats, at + ivec2(3, 0), 0);
   mat3 axes = mat3(q.xyz, vec3(q.w, r.xy), vec3(r.zw, s.x));
-  gl_Position = vec4(0.0, 0.0, 2.0, 1.0); // outside, unless it turns out to be visible
 
   vec3 local = p.xyz - eye;
   float depth = dot(local, forward);
@@ -59,7 +65,7 @@ void main() {
   vec2 across = vec2(-direction.y, direction.x);
   // Up to where alpha falls to 1/255.
   float reach = sqrt(2.0 * log(opacity * 255.0));
-  offset = reach * (vec2(gl_VertexID & 1, gl_VertexID >> 1) * 2.0 - 1.0);
+  offset = reach * (vec2(gl_VertexID & 1, gl_VertexID >> 1 & 1) * 2.0 - 1.0);
   vec2 pixel = 0.5 * size + focal * slopes
     + offset.x * sqrt(wide) * direction + offset.y * sqrt(area / wide) * across;
   paint = vec4(s.yzw, opacity);
@@ -104,32 +110,31 @@ class Painter {
     this.gl = gl;
     this.canvas = canvas;
     this.splats = splats;
-    this.order = new Uint32Array(splats.count);
+    this.rows = Math.ceil(splats.count / ROW);
+    this.order = new Uint32Array(this.rows * ROW);
     this.keys = new Uint32Array(splats.count);
     this.counts = new Uint32Array(BUCKETS + 1);
     this.sorted = null; // the direction of view that `order` is for
     this.program = program(gl, VERTEX, FRAGMENT);
     this.uploadSplats();
-    this.array = gl.createVertexArray();
-    gl.bindVertexArray(this.array);
-    this.orderBuffer = gl.createBuffer();
-    gl.bindBuffer(gl.ARRAY_BUFFER, this.orderBuffer);
-    gl.enableVertexAttribArray(0);
-    gl.vertexAttribIPointer(0, 1, gl.UNSIGNED_INT, 0, 0);
-    gl.vertexAttribDivisor(0, 1);
+    gl.activeTexture(gl.TEXTURE0 + ORDER);
+    gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
+    plainTexture(gl);
+    gl.texStorage2D(gl.TEXTURE_2D, 1, gl.R32UI, ROW, this.rows);
+    this.makeBatch();
     this.makeLayer();
     gl.disable(gl.DEPTH_TEST);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
   }
 
   uploadSplats() {
-    const { gl, splats } = this;
-    const rows = Math.ceil(splats.count / ROW);
+    const { gl, splats, rows } = this;
     const most = gl.getParameter(gl.MAX_TEXTURE_SIZE);
     if (rows > most || ROW * TEXELS > most) {
       throw new Error(`This graphics card holds ${(most * ROW).toLocaleString("en")} Gaussians at most; make the page `
         + "again with a smaller --max-gaussians.");
     }
+    gl.activeTexture(gl.TEXTURE0 + SPLATS);
     gl.bindTexture(gl.TEXTURE_2D, gl.createTexture());
     plainTexture(gl);
     gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA32F, ROW * TEXELS, rows);
@@ -139,6 +144,16 @@ class Painter {
     };
     if (whole) put(0, whole, ROW, splats.values.subarray(0, whole * ROW * FLOATS));
     if (rows > whole) put(whole, 1, splats.count - whole * ROW, splats.values.subarray(whole * ROW * FLOATS));
+  }
+
+  // Two triangles for each quad of an instance; the shader knows the corners by their numbers.
+  makeBatch() {
+    const { gl } = this;
+    this.batch = gl.createVertexArray();
+    gl.bindVertexArray(this.batch);
+    gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, gl.createBuffer());
+    const corners = Uint16Array.from({ length: 6 * BATCH }, (_, i) => 4 * Math.floor(i / 6) + [0, 1, 2, 2, 1, 3][i % 6]);
+    gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, corners, gl.STATIC_DRAW);
   }
 
   // Hundreds of faint layers need more than 8 bits each: they are added up in half floats, where the card can.
@@ -153,13 +168,12 @@ class Painter {
   resizeLayer(width, height) {
     const { gl, layer } = this;
     if (layer.width === width && layer.height === height) return;
-    gl.activeTexture(gl.TEXTURE1);
+    gl.activeTexture(gl.TEXTURE0 + LAYER);
     gl.deleteTexture(layer.texture);
     layer.texture = gl.createTexture();
     gl.bindTexture(gl.TEXTURE_2D, layer.texture);
     plainTexture(gl);
     gl.texStorage2D(gl.TEXTURE_2D, 1, gl.RGBA16F, width, height);
-    gl.activeTexture(gl.TEXTURE0);
     gl.bindFramebuffer(gl.FRAMEBUFFER, layer.frame);
     gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, layer.texture, 0);
     Object.assign(layer, { width, height });
@@ -186,8 +200,8 @@ class Painter {
     for (let key = 0; key < BUCKETS; key++) counts[key + 1] += counts[key];
     for (let i = 0; i < count; i++) order[counts[keys[i]]++] = i;
     const { gl } = this;
-    gl.bindBuffer(gl.ARRAY_BUFFER, this.orderBuffer);
-    gl.bufferData(gl.ARRAY_BUFFER, order, gl.DYNAMIC_DRAW);
+    gl.activeTexture(gl.TEXTURE0 + ORDER);
+    gl.texSubImage2D(gl.TEXTURE_2D, 0, 0, 0, ROW, this.rows, gl.RED_INTEGER, gl.UNSIGNED_INT, order);
     this.sorted = forward;
   }
 
@@ -207,14 +221,16 @@ class Painter {
     gl.uniform2f(at("size"), width, height);
     gl.uniform1f(at("focal"), 0.5 * Math.min(width, height) / Math.tan(FIELD_OF_VIEW / 2));
     gl.uniform1f(at("near"), near);
-    gl.uniform1i(at("splats"), 0);
-    gl.bindVertexArray(this.array);
-    gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, this.splats.count);
+    gl.uniform1i(at("splats"), SPLATS);
+    gl.uniform1i(at("order"), ORDER);
+    gl.uniform1i(at("count"), this.splats.count);
+    gl.bindVertexArray(this.batch);
+    gl.drawElementsInstanced(gl.TRIANGLES, 6 * BATCH, gl.UNSIGNED_SHORT, 0, Math.ceil(this.splats.count / BATCH));
     if (!layer) return;
     gl.bindFramebuffer(gl.FRAMEBUFFER, null);
     gl.disable(gl.BLEND);
     gl.useProgram(this.over.handle);
-    gl.uniform1i(this.over.at("layer"), 1);
+    gl.uniform1i(this.over.at("layer"), LAYER);
     gl.uniform3fv(this.over.at("background"), background);
     gl.bindVertexArray(this.empty);
     gl.drawArrays(gl.TRIANGLES, 0, 3);

@@ -2,6 +2,8 @@
 // yaw and pitch in degrees, distance and target in world units, background, and spin=0, help=0, ui=0 to turn these off.
 
 const BACKGROUNDS = { grey: [69, 72, 77], black: [0, 0, 0], white: [255, 255, 255] };
+const SLOW = 1 / 24; // seconds for a frame; slower machines draw coarser while something moves
+const COARSEST = 0.4;
 const root = document.documentElement;
 const element = (id) => document.getElementById(id);
 
@@ -21,7 +23,7 @@ function start() {
 
   const wish = new URLSearchParams(location.hash.slice(1));
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const state = { spin: wish.get("spin") !== "0" && !still, last: 0, asked: false, dirty: true, moved: false };
+  const state = { spin: wish.get("spin") !== "0" && !still, last: 0, asked: false, dirty: true, moved: false, pace: 0, detail: 1, drawn: 1 };
 
   function readView() {
     const number = (name, fallback) => {
@@ -70,17 +72,21 @@ function start() {
 
   function frame(time) {
     state.asked = false;
-    // After a rest the clock begins anew; a hidden page must not leap.
+    // After a rest the clock begins anew.
     const seconds = state.last ? Math.min(0.1, (time - state.last) / 1000) : 1 / 60;
     if (state.spin) camera.spin(seconds);
     const gliding = still ? (camera.jump(), false) : camera.glide(seconds);
-    if (state.spin || gliding || state.dirty) {
-      resize();
+    const moving = state.spin || gliding;
+    if (moving && state.last) adapt((time - state.last) / 1000);
+    const detail = moving ? state.detail : 1;
+    if (moving || state.dirty || detail !== state.drawn) {
+      resize(detail);
       painter.draw(camera.view(), BACKGROUNDS[root.dataset.background].map((value) => value / 255), 1e-3 * scene.radius);
+      state.drawn = detail;
       state.dirty = false;
       root.dataset.state = "drawn";
     }
-    if (state.spin || gliding) {
+    if (moving) {
       state.last = time;
       ask();
     } else {
@@ -90,8 +96,16 @@ function start() {
     }
   }
 
-  function resize() {
-    const ratio = Math.min(2, devicePixelRatio);
+  function adapt(seconds) {
+    state.pace = 0.8 * state.pace + 0.2 * Math.min(1, seconds);
+    if (state.pace > SLOW && state.detail > COARSEST) {
+      state.detail = Math.max(COARSEST, 0.8 * state.detail);
+      state.pace = SLOW / 2; // the coarser picture has a chance of its own
+    }
+  }
+
+  function resize(detail) {
+    const ratio = detail * Math.min(2, devicePixelRatio);
     const width = Math.max(1, Math.round(canvas.clientWidth * ratio));
     const height = Math.max(1, Math.round(canvas.clientHeight * ratio));
     if (canvas.width !== width) canvas.width = width;
@@ -141,6 +155,9 @@ function start() {
   element("spin").setAttribute("aria-pressed", String(state.spin));
   element("help").setAttribute("aria-pressed", String(root.dataset.help !== "off"));
   listen(canvas, camera, touched, commands);
+  document.addEventListener("visibilitychange", () => {
+    state.last = 0; // time in which nobody looked is no slow frame
+  });
   new ResizeObserver(redraw).observe(canvas);
   canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
   canvas.addEventListener("webglcontextrestored", () => {
