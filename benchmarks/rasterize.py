@@ -3,7 +3,7 @@
 "small" is what voxels decode to: Gaussians of 0.004 to 0.01 on the surface of a ball that fills the picture. "random"
 has Gaussians all through the cube from 0.002 to 0.2, uniform in the logarithm. Opacities are uniform in both.
 
-`python -m benchmarks.rasterize` prints the table alone; `benchmarks.assets` takes `measure` and `table` from here.
+`python -m benchmarks.rasterize` measures this alone; `benchmarks.assets` takes `measure_rasterizer` from here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe, seconds
 from tokenizer.cameras import sphere_cameras
-from tokenizer.gaussians.rasterize import Engine, rasterize_tensors
+from tokenizer.gaussians.rasterize import Engine, Rendering, choose_engine, rasterize_tensors
 
 SceneName = Literal["small", "random"]
 
@@ -35,17 +35,12 @@ RADIUS = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """One view of random Gaussians; `backward` adds the gradients of a loss on colours and alpha."""
+    """One view of random Gaussians."""
 
     scene: SceneName
-    backward: bool
     gaussians: int = 50_000
     size: int = 256
     engine: Engine = "auto"
-
-    @property
-    def direction(self) -> str:
-        return "forward + backward" if self.backward else "forward"
 
     def attributes(self, device: torch.device) -> list[Tensor]:
         """means, scales, rotations, opacities, colours of the scene, float32."""
@@ -63,40 +58,46 @@ class Case:
             scales = 0.002 * torch.exp(uniform(3) * math.log(100.0))
         rotations = torch.nn.functional.normalize(torch.randn(self.gaussians, 4, generator=generator), dim=1)
         scene = [means, scales, rotations, uniform(1), uniform(3)]
-        return [tensor.to(device).requires_grad_(self.backward) for tensor in scene]
+        return [tensor.to(device) for tensor in scene]
 
 
-def draw(case: Case, attributes: list[Tensor]) -> None:
-    """One call of the rasteriser, with the gradients of all attributes if the case asks for them."""
+def forward(case: Case, attributes: list[Tensor]) -> Rendering:
+    """One picture."""
     means, scales, rotations, opacities, colours = attributes
     camera = sphere_cameras(1, RADIUS)
-    picture = rasterize_tensors(means, scales, rotations, opacities, colours, camera, case.size, engine=case.engine)
-    if case.backward:
-        loss = picture.colours.square().mean() + picture.alpha.square().mean()
-        torch.autograd.grad(loss, attributes)
+    return rasterize_tensors(means, scales, rotations, opacities, colours, camera, case.size, engine=case.engine)
 
 
-def measure(device: torch.device, repeats: int, gaussians: int = 50_000, size: int = 256) -> list[dict[str, Any]]:
-    """One record for each scene and direction: the fastest of `repeats` calls, and the peak memory of one call."""
+def forward_and_backward(case: Case, attributes: list[Tensor]) -> None:
+    """One picture, and the gradients of all attributes of a loss on its colours and alpha."""
+    inputs = [tensor.detach().requires_grad_() for tensor in attributes]
+    picture = forward(case, inputs)
+    torch.autograd.grad(picture.colours.square().mean() + picture.alpha.square().mean(), inputs)
+
+
+def measure_rasterizer(
+    device: torch.device, repeats: int, gaussians: int = 50_000, size: int = 256
+) -> list[dict[str, Any]]:
+    """One record for each scene: the fastest of `repeats` calls, and the peak memory of forward and backward."""
     scenes: tuple[SceneName, ...] = ("small", "random")
-    cases = [Case(scene, backward, gaussians, size) for scene in scenes for backward in (False, True)]
-    return [_record(case, device, repeats) for case in cases]
+    return [_record(Case(scene, gaussians, size), device, repeats) for scene in scenes]
 
 
 def _record(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     attributes = case.attributes(device)
     return {
-        "scene": case.scene,
-        "direction": case.direction,
+        "case": case.scene,
+        "engine": choose_engine(case.engine, device),
         "gaussians": case.gaussians,
         "size": case.size,
-        "seconds": seconds(lambda: draw(case, attributes), device, repeats),
-        "peak MB": peak_memory(case, device) / 1e6,
+        "forward seconds": seconds(lambda: forward(case, attributes), device, repeats),
+        "both seconds": seconds(lambda: forward_and_backward(case, attributes), device, repeats),
+        "peak megabytes": peak_memory(case, device) / 1e6,
     }
 
 
 def peak_memory(case: Case, device: torch.device) -> int:
-    """Bytes that one call holds at most beyond its inputs.
+    """Bytes that forward and backward hold at most beyond the attributes.
 
     On a CPU it is the growth of a new process, as one that ran before keeps freed memory and would show no growth.
     """
@@ -104,7 +105,7 @@ def peak_memory(case: Case, device: torch.device) -> int:
         attributes = case.attributes(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        draw(case, attributes)
+        forward_and_backward(case, attributes)
         return torch.cuda.max_memory_allocated(device) - before
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_growth, case, torch.get_num_threads()).result()
@@ -114,7 +115,7 @@ def _growth(case: Case, threads: int) -> int:
     """Growth of this process's resident memory during one call, looked at every millisecond."""
     torch.set_num_threads(threads)
     small = replace(case, gaussians=10, size=8)
-    draw(small, small.attributes(torch.device("cpu")))  # what is loaded on first use does not count
+    forward_and_backward(small, small.attributes(torch.device("cpu")))  # what is loaded on first use does not count
     attributes = case.attributes(torch.device("cpu"))
     process, done = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
@@ -127,7 +128,7 @@ def _growth(case: Case, threads: int) -> int:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        draw(case, attributes)
+        forward_and_backward(case, attributes)
     finally:
         done.set()
         watcher.join()
@@ -135,18 +136,19 @@ def _growth(case: Case, threads: int) -> int:
 
 
 def table(records: list[dict[str, Any]], title: str) -> Table:
-    """The records of `measure` for the terminal."""
+    """The records of `measure_rasterizer` for the terminal."""
     result = Table(title=title)
-    for column in ("scene", "direction", "Gaussians", "picture", "seconds", "peak MB"):
-        result.add_column(column, justify="left" if column in ("scene", "direction") else "right")
+    for column in ("scene", "engine", "Gaussians", "picture", "forward s", "forward + backward s", "peak MB"):
+        result.add_column(column, justify="left" if column in ("scene", "engine") else "right")
     for record in records:
         result.add_row(
-            record["scene"],
-            record["direction"],
+            record["case"],
+            record["engine"],
             f"{record['gaussians']:,}",
             f"{record['size']} x {record['size']}",
-            f"{record['seconds']:.3f}",
-            f"{record['peak MB']:.0f}",
+            f"{record['forward seconds']:.3f}",
+            f"{record['both seconds']:.3f}",
+            f"{record['peak megabytes']:.0f}",
         )
     return result
 
@@ -163,7 +165,7 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     machine = describe(device)
-    records = measure(device, options.repeats, options.gaussians, options.size)
+    records = measure_rasterizer(device, options.repeats, options.gaussians, options.size)
     title = f"rasterising on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
     Console().print(table(records, title))
     return 0

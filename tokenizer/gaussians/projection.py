@@ -22,7 +22,10 @@ from torch import Tensor
 from tokenizer.cameras import Cameras
 
 MAX_SCALE = 1e3
-"""World units, of which the asset fills one: wider Gaussians look the same, and their squares stay in float32."""
+"""World units, of which the asset fills one: wider Gaussians look the same."""
+
+MAX_SPREAD = 1e6
+"""Pixels: wider Gaussians look the same in any picture, and the fourth power of this is a float32."""
 
 MARGIN = 0.15
 """Beyond this part of the picture outside its edges the linearisation no longer follows the centre of a Gaussian.
@@ -111,7 +114,7 @@ def project(
     low, high = _slope_limits(intrinsics)
     towards = scaling @ torch.minimum(torch.maximum(slopes, low), high)
     jacobian = (scaling @ rotation[:2])[:, :, None] - towards[:, None] * rotation[2, :, None]
-    first, second = (jacobian * nearness)[:, :, None].mul(axes).sum(1)
+    first, second = (jacobian * nearness)[:, :, None].mul(axes).sum(1).clamp(-MAX_SPREAD, MAX_SPREAD)
 
     (a, b, c), (d, e, f) = first, second
     sharp = (b * f - c * e).square() + (c * d - a * f).square() + (a * e - b * d).square()

@@ -1,7 +1,8 @@
 """`rasterize`: Gaussians and cameras in, pictures out; one function over two engines.
 
-The torch engine runs everywhere, in float32 and float64, and is described in `rasterize_torch`. On CUDA the package
-gsplat is faster where it is installed. Both give the same pictures but for the limits stated in `rasterize_gsplat`.
+The torch engine runs everywhere, in float32 and float64; `projection`, `tiles` and `rasterize_torch` describe it, in
+this order. On CUDA the package gsplat is faster where it is installed. Both give the same pictures but for the limits
+stated in `rasterize_gsplat`.
 
 Shape legend: M Gaussians, V views, H x W pixels.
 """
@@ -18,9 +19,8 @@ from torch import Tensor
 
 from tokenizer.cameras import Cameras
 from tokenizer.errors import InputError
+from tokenizer.gaussians import rasterize_gsplat, rasterize_torch
 from tokenizer.gaussians.attributes import Gaussians
-from tokenizer.gaussians.projection import axes_of, project
-from tokenizer.gaussians.rasterize_torch import composite
 from tokenizer.model.precision import full_precision
 
 Engine = Literal["auto", "torch", "gsplat"]
@@ -63,7 +63,7 @@ def rasterize(
         background: colour [3] behind everything, or a picture [H, W, 3] or [V, H, W, 3].
         kernel_size: variance in square pixels of the mip filter, which widens every Gaussian and dims it by as much.
         near: Gaussians whose centre has less z before the camera are not drawn, in world units.
-        engine: "torch", "gsplat", or "auto": gsplat on CUDA if it is installed, else torch.
+        engine: "torch", "gsplat" (in float32), or "auto": gsplat for float32 on CUDA if it is installed, else torch.
 
     Returns:
         A `Rendering`, differentiable with respect to all attributes of the Gaussians (once) and to the background.
@@ -124,23 +124,13 @@ def rasterize_tensors(
     if not bool(cameras.world_to_camera.isfinite().all() & cameras.intrinsics.isfinite().all()):
         raise InputError("a camera's matrix is not finite; check world_to_camera and intrinsics")
     behind = _background(background, (len(cameras), height, width), means)
-    if _choose(engine, device) == "gsplat":
-        from tokenizer.gaussians.rasterize_gsplat import draw
-
+    draw = rasterize_torch.draw if choose_engine(engine, device, dtype) == "torch" else rasterize_gsplat.draw
+    # Half precision would move Gaussians by whole pixels.
+    with torch.autocast(device.type, enabled=False):
         picture, depth, alpha = draw(
             means, scales, rotations, opacities, colours, cameras, (height, width), kernel_size=kernel_size, near=near
         )
-    else:
-        axes, centres, shown = axes_of(scales, rotations), means.T.contiguous(), colours.T.contiguous()
-        views = []
-        for view in range(len(cameras)):
-            camera = cameras[view : view + 1]
-            splats = project(centres, axes, opacities, camera, (height, width), kernel_size=kernel_size, near=near)
-            views.append(composite(splats, torch.cat([shown, splats.depths[None]]), (height, width)))
-        layers = torch.stack(views).movedim(1, -1) if views else means.new_zeros(0, height, width, 5)
-        picture, depth, alpha = layers[..., :3], layers[..., 3], layers[..., 4]
-        depth = depth / torch.where(alpha > 0, alpha, 1.0)
-    return Rendering(colours=picture + (1.0 - alpha[..., None]) * behind, alpha=alpha, depth=depth)
+        return Rendering(colours=picture + (1.0 - alpha[..., None]) * behind, alpha=alpha, depth=depth)
 
 
 def _size(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -174,11 +164,15 @@ def _background(background: tuple[float, float, float] | Tensor, shape: tuple[in
     return behind
 
 
-def _choose(engine: Engine, device: torch.device) -> Literal["torch", "gsplat"]:
+def choose_engine(
+    engine: Engine, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Literal["torch", "gsplat"]:
+    """The engine that `rasterize` uses for Gaussians of `dtype` on `device`; `InputError` if there is none such."""
     if engine not in ("auto", "torch", "gsplat"):
         raise InputError(f"engine must be 'auto', 'torch' or 'gsplat', got {engine!r}")
-    if engine == "auto":
-        return "gsplat" if device.type == "cuda" and importlib.util.find_spec("gsplat") else "torch"
     if engine == "gsplat" and device.type != "cuda":
         raise InputError(f"the engine 'gsplat' draws on CUDA alone, but the Gaussians are on {device}; use 'torch'")
+    if engine == "auto":
+        fast = device.type == "cuda" and dtype == torch.float32 and importlib.util.find_spec("gsplat") is not None
+        return "gsplat" if fast else "torch"
     return engine

@@ -5,9 +5,7 @@ same ratio of determinants in the opacity. What remains different:
 
 - gsplat has no least filter ratio, so that Gaussians seen exactly edge on are dimmed further (by 0.005 at most);
 - some releases of it clamp alpha at 0.99, ours at 0.999 (0.01 at most, behind Gaussians that are nearly opaque);
-- it works in float32 and adds up in an order of its own.
-
-`TOLERANCE` covers the three.
+- it works in float32, so that here and there an alpha falls on the other side of the cut at 1 / 255.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from tokenizer.cameras import Cameras
 from tokenizer.errors import require_package
 
 TOLERANCE = 0.012
-"""Largest difference of colour or alpha to the torch engine, for colours in 0..1."""
+"""To the torch engine, of colour, alpha or depth; one pixel in a thousand may exceed it, by up to three times."""
 
 
 def draw(

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenizer.gaussians.projection import Splats
+from tokenizer.cameras import Cameras
+from tokenizer.gaussians.projection import Splats, axes_of, project
 from tokenizer.gaussians.tiles import MIN_ALPHA, SORTABLE, Footprints, TileGrid, TileLists, tile_lists
 
 MAX_ALPHA = 0.999
@@ -65,6 +66,33 @@ _GEOMETRY = 6
 
 _LEAST_EXPONENT = -10.0
 """Of alpha; far below `MIN_ALPHA`."""
+
+
+def draw(
+    means: Tensor,
+    scales: Tensor,
+    rotations: Tensor,
+    opacities: Tensor,
+    colours: Tensor,
+    cameras: Cameras,
+    size: tuple[int, int],
+    *,
+    kernel_size: float,
+    near: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Colours [V, H, W, 3] over black, mean depth [V, H, W] and alpha [V, H, W].
+
+    Arguments are those of `rasterize_tensors`, checked there; opacities are [M].
+    """
+    axes, centres, shown = axes_of(scales, rotations), means.T.contiguous(), colours.T.contiguous()
+    views = []
+    for view in range(len(cameras)):
+        camera = cameras[view : view + 1]
+        splats = project(centres, axes, opacities, camera, size, kernel_size=kernel_size, near=near)
+        views.append(composite(splats, torch.cat([shown, splats.depths[None]]), size))
+    layers = torch.stack(views) if views else means.new_zeros(0, 5, *size)
+    alpha = layers[:, 4]
+    return layers[:, :3].movedim(1, -1), layers[:, 3] / torch.where(alpha > 0, alpha, 1.0), alpha
 
 
 def composite(splats: Splats, channels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -301,7 +329,7 @@ def _block_gradient(
     # alpha / (1 - alpha) = weight / transmittance after it, also where both are zero.
     of_log_alpha = shown.addcmul_(left, weights.div_(after.clamp_min(MIN_TRANSMITTANCE)), value=-1.0)
     if clamped:
-        of_log_alpha.mul_(block.alphas < MAX_ALPHA)
+        of_log_alpha.mul_(block.alphas < MAX_ALPHA - 1e-6)  # the exponential of its logarithm may be a little less
     constant, by_x, by_y, by_xx, by_xy, by_yy = (monomials @ of_log_alpha.flatten(1)).view(-1, *weights.shape[1:])
     xx, xy, yy = block.curves
     x, y = block.middle
