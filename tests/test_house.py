@@ -22,11 +22,26 @@ NEIGHBOURS = {
     "generation": {"generation", "tokenizer", "data"},
     "benchmarks": set(ROOMS),
 }
-DATA_MAY_USE = ("tokenizer.sparse", "tokenizer.patches", "tokenizer.media", "tokenizer.errors", "tokenizer.atomic")
+DATA_MAY_USE = (
+    *("tokenizer.assets", "tokenizer.cameras", "tokenizer.media", "tokenizer.patches", "tokenizer.sparse"),
+    *("tokenizer.errors", "tokenizer.atomic"),
+)
 MODEL_MAY_USE = ("torch", "tokenizer.model", "tokenizer.quantizers", "tokenizer.sparse", "tokenizer.errors")
 
 HEAVY = (
-    *("av", "decord", "deepspeed", "flash_attn", "gsplat", "matplotlib", "megatron", "scipy", "skimage", "sklearn"),
+    *(
+        "av",
+        "decord",
+        "deepspeed",
+        "embreex",
+        "flash_attn",
+        "gsplat",
+        "matplotlib",
+        "megatron",
+        "scipy",
+        "skimage",
+        "sklearn",
+    ),
     *("torchmetrics", "transformer_engine", "transformers", "trimesh", "vllm"),
 )
 

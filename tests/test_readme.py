@@ -13,7 +13,7 @@ import torch
 
 from tokenizer import AToken
 from tokenizer.cli import main
-from tokenizer.demo import CLIP, PHOTOGRAPH
+from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +30,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(PHOTOGRAPH, "photo.jpg")
     shutil.copy(CLIP, "clip.mp4")
+    shutil.copy(ASSET, "parasol.glb")
     Path("pictures").mkdir()
     shutil.copy(PHOTOGRAPH, "pictures/one.jpg")
     return tmp_path
@@ -42,7 +43,9 @@ def test_python(workplace: Path, tiny_models: Path) -> None:
     for block in blocks("python"):
         exec(block, names)
     assert isinstance(names["model"], AToken)
-    assert {"photo.atok", "atoken-soc", "copy.safetensors"} <= {path.name for path in workplace.iterdir()}
+    assert {"photo.atok", "parasol.ply", "atoken-soc", "copy.safetensors"} <= {
+        path.name for path in workplace.iterdir()
+    }
     original, copy = (AToken.from_pretrained(path) for path in ("atoken-soc.safetensors", "copy.safetensors"))
     assert copy.dtype == torch.bfloat16
     for name, tensor in copy.state_dict().items():

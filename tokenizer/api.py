@@ -166,6 +166,12 @@ class AToken(ATokenNetwork):
         # Past nn.Module, which would make it part of the state dict.
         object.__setattr__(self, "gaussian_decoder", decoder)
 
+    def export_released(self, path: str | PathLike[str]) -> None:
+        """Write a released-format checkpoint (.safetensors or .pt) and its configuration (.json) beside it."""
+        from tokenizer.checkpoints import export_released
+
+        export_released(self, Path(path))
+
     @property
     def fingerprint(self) -> str:
         """The name of this model's latent space (`tokenizer.fingerprint`)."""

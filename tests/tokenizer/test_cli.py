@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from tokenizer import AToken, TokenFile
 from tokenizer.cli import main
 from tokenizer.evaluation.metrics import psnr, ssim
+from tokenizer.gaussians.ply import read_ply
 from tokenizer.media import VideoReader, VideoWriter, load_image, save_image
 
 Pixels = NDArray[np.uint8]
-COMMANDS = ("demo", "encode", "decode", "reconstruct", "info", "models")
+COMMANDS = ("demo", "encode", "decode", "reconstruct", "view", "info", "models")
 
 
 class Outcome:
@@ -215,6 +216,17 @@ class TestReconstruct:
             np.mean([ssim(a, b) for a, b in zip(original, copy, strict=True)]), abs=1e-5
         )
 
+    def test_an_exact_copy_is_json_too(
+        self, atoken: Atoken, picture: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_image(picture, tmp_path / "a.png")
+        monkeypatch.setattr(AToken, "decode_visual", lambda *_: picture[None])
+        outcome = atoken("reconstruct", "a.png", "--out", "b.png", "--json")
+        assert "Infinity" not in outcome.out
+        [result] = outcome.json["results"]
+        assert (result["psnr"], result["ssim"]) == (None, 1.0)
+        assert "PSNR inf dB" in atoken("reconstruct", "a.png", "--out", "b.png").out
+
     def test_half_precision_halves_the_bits(self, atoken: Atoken, picture: Pixels, tmp_path: Path) -> None:
         save_image(picture, tmp_path / "a.png")
         bits = [
@@ -239,6 +251,25 @@ class TestManyFiles:
         assert error == f"error: {failure['error']}"
         assert error.startswith("error: in/b.png: is truncated or damaged")
         assert summary == "2 of 3 done, 1 failed: in/b.png"
+
+    def test_each_failure_names_its_file(self, atoken: Atoken, picture: Pixels, tmp_path: Path) -> None:
+        save_image(picture, tmp_path / "in/a.png")
+        save_image(np.zeros((1, 65537, 3), np.uint8), tmp_path / "in/b.png")
+        outcome = atoken("encode", "in", "--out", "out", "--json")
+        [failure] = outcome.json["failures"]
+        assert failure["error"].startswith("in/b.png: the image has 65537 columns; at most 65536 fit the token grid")
+        assert files_below(tmp_path / "out") == ["a.atok"]
+
+    def test_names_that_the_output_cannot_spell(self, tiny_models: Path, picture: Pixels, tmp_path: Path) -> None:
+        """Bytes that are no UTF-8 make legal file names; where stdout refuses them they are escaped."""
+        name = os.fsdecode(b"\xff.png")
+        save_image(picture, tmp_path / name)
+        environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "PYTHONIOENCODING": "utf-8:strict"}
+        command = [sys.executable, "-m", "tokenizer.cli", "encode", name, "--out", "x.atok"]
+        command += ["--model", str(tiny_models / "atoken-nano")]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("\\udcff.png -> x.atok: 12 tokens, ")
 
     def test_without_json_each_result_is_a_line(self, atoken: Atoken, picture: Pixels, tmp_path: Path) -> None:
         save_image(picture, tmp_path / "a.png")
@@ -290,10 +321,12 @@ class TestHelp:
 
     def test_demo_ends_by_naming_its_files(self, atoken: Atoken, tmp_path: Path) -> None:
         lines = atoken("demo", "--out", "somewhere").out.splitlines()
-        named = [line.removeprefix("wrote somewhere/") for line in lines[-4:]]
+        named = [line.removeprefix("wrote somewhere/") for line in lines[-8:]]
         assert sorted(named) == files_below(tmp_path / "somewhere")
         assert VideoReader("somewhere/bunny-side-by-side.mp4").num_frames == 36
         assert load_image("somewhere/coffee-side-by-side.png").shape == (256, 768, 3)
+        assert VideoReader("somewhere/parasol-side-by-side.mp4").num_frames == 24
+        assert len(read_ply("somewhere/parasol-side-by-side.ply")) > 100
 
     def test_without_arguments(self, atoken: Atoken) -> None:
         outcome = atoken()
@@ -330,6 +363,7 @@ class TestProcess:
         save_image(picture, tmp_path / "a.png")
         monkeypatch.setattr(AToken, "encode_image", lambda *_: 1 / 0)
         outcome = atoken("encode", "a.png", "--out", "a.atok")
-        assert outcome.err == "error: unexpected ZeroDivisionError: division by zero (ATOKEN_DEBUG=1 shows where)\n"
+        expected = "error: a.png: unexpected ZeroDivisionError: division by zero (ATOKEN_DEBUG=1 shows where)\n"
+        assert outcome.err == expected
         monkeypatch.setenv("ATOKEN_DEBUG", "1")
         assert "Traceback" in atoken("encode", "a.png", "--out", "a.atok").err

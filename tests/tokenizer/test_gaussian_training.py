@@ -1,4 +1,4 @@
-"""Training a Gaussian decoder on rendered views: the store, the linear start, the loop, and what it is measured with."""
+"""Training a Gaussian decoder on rendered views: the store, the linear start, the loop, and how it is measured."""
 
 from __future__ import annotations
 

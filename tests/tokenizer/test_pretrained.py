@@ -68,5 +68,5 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     written = [path for path in (tmp_path / "demo").rglob("*") if path.is_file()]
-    assert len(written) >= 2
+    assert len(written) == 8
     assert all(path.name in printed for path in written)

@@ -14,6 +14,7 @@ from tokenizer.api import AToken
 from tokenizer.checkpoints import CONFIG_FILE, DTYPES, WEIGHTS_FILE, bundled_models
 from tokenizer.config import config_to_dict, parse_config, read_mapping
 from tokenizer.errors import InputError
+from tokenizer.gaussians import GaussianDecoder
 from tokenizer.model.attention import attention_backend
 from tokenizer.model.config import ATokenConfig
 
@@ -98,12 +99,23 @@ def describe_models() -> list[dict[str, Any]]:
 
 def describe_model(model: AToken) -> dict[str, Any]:
     """What `atoken info --model` adds."""
+    decoder = model.gaussian_decoder
     return {
         "name": model.config.name,
         "latent_space": model.fingerprint,
         **describe_config(model.config),
         "megabytes": round(sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6, 1),
         "config": config_to_dict(model.config),
+        "gaussian_decoder": None if decoder is None else describe_gaussian_decoder(decoder),
+    }
+
+
+def describe_gaussian_decoder(decoder: GaussianDecoder) -> dict[str, Any]:
+    """What it makes of a voxel, and how large it is."""
+    return {
+        "gaussians": f"{decoder.config.gaussians} for each voxel of a grid of {decoder.config.resolution}",
+        "parameters": sum(parameter.numel() for parameter in decoder.parameters()),
+        "config": config_to_dict(decoder.config),
     }
 
 

