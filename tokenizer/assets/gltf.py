@@ -143,12 +143,18 @@ class _Reader:
 
     def _skin(self, number: object) -> int:
         if number not in self._skin_numbers:
-            skin = WHITE  # as glTF has it
-            if number is not None:
-                skin = read_material(self._document, self._document.item("materials", number), self._source.pictures)
             self._skin_numbers[number] = len(self._skins)
-            self._skins.append(skin)
+            # Without a material things are white in glTF.
+            self._skins.append(WHITE if number is None else self._material(number))
         return self._skin_numbers[number]
+
+    def _material(self, number: object) -> Skin:
+        item = self._document.item("materials", number)
+        try:
+            return read_material(self._document, item, self._source.pictures)
+        except ValueError as error:
+            self._source.remarks.add(f"materials[{number}] is damaged ({error}); white is used")
+            return WHITE
 
     def _primitive(self, item: JsonObject) -> Shape | None:
         """The triangles of a primitive with the vertices that they use; None without any."""
