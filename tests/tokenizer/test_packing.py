@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.tokenizer.test_asset_views import square, stacked
 from tokenizer.assets.mesh import Material, Mesh
@@ -24,11 +23,6 @@ RED, BLUE = Material((1.0, 0.0, 0.0, 1.0)), Material((0.0, 0.0, 1.0, 1.0))
 
 def seen(mesh: Mesh, count: int = 6) -> Views:
     return render_views(mesh, sphere_cameras(count, 0.75), 96, light="none", samples=1)
-
-
-def cells(features: Tensor) -> Tensor:
-    """[N, 768] -> means of the 4 x 4 cells [N, 4, 4, 3]; inner pixels of a cell are near its value."""
-    return features.unflatten(1, (4, 4, 4, 4, 3)).mean(dim=(2, 4))
 
 
 def test_the_released_rule_is_the_released_one() -> None:
