@@ -132,8 +132,14 @@ class SparseTokens:
         *,
         non_blocking: bool = True,
     ) -> SparseTokens:
-        """Move features and positions to `device`, and floating features to `dtype`. Tables go on being shared."""
+        """Move features and positions to `device`, and floating features to `dtype`. Tables go on being shared.
+
+        Args:
+            non_blocking: do not wait for copies to a device. Copies to the CPU always wait: the host would read them
+                before they are there.
+        """
         kind = dtype if dtype is not None and self.features.is_floating_point() else None
+        non_blocking = non_blocking and device is not None and torch.device(device).type != "cpu"
         features = self.features.to(device=device, dtype=kind, non_blocking=non_blocking)
         positions = self.positions.to(device=device, non_blocking=non_blocking)
         if features is self.features and positions is self.positions:
@@ -151,7 +157,7 @@ class SparseTokens:
     def shared(self, key: Hashable, build: Callable[[], _Value]) -> _Value:
         """The cached value for `key`, built on first use. For things that depend on positions and lengths alone."""
         if key not in self._cache:
-            self._cache[key] = build()
+            self._cache[key] = built_for_all(build)
         value: _Value = self._cache[key]
         return value
 
@@ -251,6 +257,14 @@ class SparseTokens:
         item = int(torch.searchsorted(self.offsets[1:], torch.tensor(row), right=True))
         t, x, y, z = self.host_positions[row].tolist()
         raise InputError(f"row {row} (item {item}, position t={t} x={x} y={y} z={z}) {what}")
+
+
+def built_for_all(build: Callable[[], _Value]) -> _Value:
+    """What `build` gives, as tensors that training can use too: those of inference mode could never be."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return build()
+    return build()
 
 
 def _as_int32(positions: Tensor) -> Tensor:

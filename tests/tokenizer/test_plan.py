@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.tokenizer.networks import random_latents, random_network, shuffled, visuals
+from tests.tokenizer.networks import random_latents, random_network, shuffled, small_config, visuals
 from tokenizer.errors import InputError
+from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.plan import item_segments, tile_plan
 from tokenizer.sparse import SparseTokens
 
@@ -148,6 +152,39 @@ def test_a_plan_is_made_once_for_encode_and_decode() -> None:
     assert item_segments(mean) is item_segments(tokens)
     assert all(plan._tables[key] is table for key, table in tables.items())
     assert len(tables) == 2  # rotation and resized positions, shared by both sides and all layers
+
+
+def test_the_host_reads_as_few_numbers_for_many_items_and_layers_as_for_one() -> None:
+    """On a device each read makes the host wait (`.item()`, `int()`, `bool()`), so none may belong to an item, a token
+    or a layer. Here they are counted; tests/gpu shows that on a device there are none."""
+    reads: list[int] = []
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            reads[-1] += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    config = small_config()
+    assert config.decoder is not None
+    deep = replace(config, encoder=replace(config.encoder, depth=4), decoder=replace(config.decoder, depth=5))
+    for settings_, shapes in ((config, ((8, 8),)), (deep, MIXED)):
+        network, tokens = ATokenNetwork(settings_).requires_grad_(False), visuals(*shapes, dtype=torch.float32)
+        reads.append(0)
+        with Counter():  # type: ignore[no-untyped-call]
+            network.decode(network.encode(tokens).latents)
+    assert reads[0] == reads[1] > 0
+
+
+def test_tokens_seen_in_inference_mode_can_still_be_trained_on() -> None:
+    """Tables are shared by all uses of a batch, and training keeps them for the backward pass."""
+    network = ATokenNetwork(small_config())
+    tokens = visuals((8, 12), (20, 8, 4), dtype=torch.float32)
+    with torch.inference_mode():
+        network.decode(network.encode(tokens).latents)
+    network.decode(network.encode(tokens).latents).features.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.decoder.parameters())  # type: ignore[union-attr]
 
 
 def test_a_batch_in_order_is_not_gathered() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tokenizer.errors import InputError
 from tokenizer.sparse import MAX_POSITION, SparseTokens
@@ -90,6 +93,24 @@ def test_to_changes_the_type_of_floats_only() -> None:
     assert tokens.to(dtype=torch.float32) is tokens
     indices = tokens.with_features(torch.zeros(2, 8, dtype=torch.int32))
     assert indices.to(dtype=torch.bfloat16).dtype == torch.int32
+
+
+def test_copies_to_the_cpu_wait_and_others_do_not() -> None:
+    """The host may read what came to it at once; a copy that is still under way would be garbage."""
+    waits: dict[str, bool] = {}
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func is Tensor.to and kwargs and "non_blocking" in kwargs:
+                waits[str(kwargs["device"])] = not kwargs["non_blocking"]
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        for device in ("cpu", "meta"):
+            make([2]).to(device)
+    assert waits == {"cpu": True, "meta": False}
 
 
 def test_repr_says_what_is_in_it() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenizer.sparse import SparseTokens
+from tokenizer.sparse import SparseTokens, built_for_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Plan:
     def table(self, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
         """A tensor that depends on the plan alone, built on first use and then shared by all layers and networks."""
         if key not in self._tables:
-            self._tables[key] = build()
+            self._tables[key] = built_for_all(build)
         return self._tables[key]
 
     def gather(self, features: Tensor) -> Tensor:
