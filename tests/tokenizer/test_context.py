@@ -124,6 +124,15 @@ def test_an_image_needs_no_context() -> None:
     )
 
 
+def test_context_works_under_autocast() -> None:
+    network = random_network(dtype=torch.float32)
+    latents = random_latents(visuals((8, 8), (33, 8, 4), dtype=torch.float32))
+    exact = network.decode(latents, Tiling(stride=12, context=4)).features
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = network.decode(latents, Tiling(stride=12, context=4)).features
+    assert float((ours - exact).std() / exact.std()) < 3e-2
+
+
 def test_the_default_is_the_released_tiling() -> None:
     network = random_network()
     latents = random_latents(visuals((33, 8, 8)))

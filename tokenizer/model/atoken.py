@@ -148,10 +148,11 @@ class ATokenNetwork(nn.Module):
                 self.decode_tile(latents.features, tile_plan(latents, stride), observe=observe)
             )
         caches: list[BlockCache] = []
-        patches = latents.features.new_empty(latents.num_tokens, self.config.patch_features)
-        for rows, plan in context_tiles(latents, stride, context):
-            patches = patches.index_copy(0, rows, self.decode_tile(latents.features[rows], plan, caches))
-        return latents.with_features(patches)
+        rows, parts = [], []
+        for tile, plan in context_tiles(latents, stride, context):
+            rows.append(tile)
+            parts.append(self.decode_tile(latents.features[tile], plan, caches))
+        return latents.with_features(torch.cat(parts)[torch.argsort(torch.cat(rows))])
 
     def decode_tile(
         self, latents: Tensor, plan: Plan, caches: list[BlockCache] | None = None, observe: Observer | None = None
