@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.errors import InputError
-from tokenizer.sparse import SparseTokens
+from tokenizer.sparse import MAX_POSITION, SparseTokens
 
 PatchSize = tuple[int, int, int]
 Fit = Literal["pad", "crop"]
@@ -172,8 +172,19 @@ def _to_tokens(frames: Tensor, kind: Kind, patch_size: PatchSize, fit: Fit) -> t
     else:
         raise InputError(f"fit must be 'pad' or 'crop', got '{fit}'")
     features = patchify(frames, patch_size)
+    _check_grid(size, patch_size)
     positions = grid_positions(size.grid(patch_size)).to(frames.device, non_blocking=True)
     return SparseTokens(features, positions, [len(features)]), size
+
+
+def _check_grid(size: VisualSize, patch_size: PatchSize) -> None:
+    """Raise `InputError` for pictures so long that their positions leave the legal range."""
+    measures = (size.frames, size.height, size.width)
+    for axis, length, patch in zip(("frames", "rows", "columns"), measures, patch_size, strict=True):
+        most = (MAX_POSITION + 1) * patch
+        if length > most:
+            remedy = "encode it as a stream (tokenizer.streaming)" if axis == "frames" else "scale it down"
+            raise InputError(f"the {size.kind} has {length} {axis}; at most {most} fit the token grid: {remedy}")
 
 
 def _centre_crop(frames: Tensor, patch_size: PatchSize) -> Tensor:
@@ -217,16 +228,16 @@ def _to_pixels(item: SparseTokens, size: VisualSize | None, patch_size: PatchSiz
     t, x, y, _ = positions.unbind(1)
     raster = (t * grid[1] + x) * grid[2] + y
     count = grid[0] * grid[1] * grid[2]
-    order = torch.argsort(raster)
-    if len(raster) != count or not torch.equal(raster[order], torch.arange(count)):
-        present = torch.zeros(count, dtype=torch.bool)
-        present[raster] = True
-        hole = int((~present).int().argmax())
-        row, column = hole // grid[2] % grid[1], hole % grid[2]
-        what = "has no token" if not bool(present.all()) else "has two tokens somewhere, none is missing; seen"
-        raise InputError(
-            f"item {number} {what} at t={hole // (grid[1] * grid[2])} x={row} y={column} of its grid {grid}"
-        )
+    ordered, order = torch.sort(raster)
+    wrong = ordered != torch.arange(len(raster))
+    if len(raster) != count or bool(wrong.any()):
+        # Nothing as large as the grid is made here: a damaged position can claim a grid of many gigabytes.
+        place = int(wrong.int().argmax()) if bool(wrong.any()) else len(raster)
+        doubled = place < len(raster) and int(ordered[place]) < place
+        place -= doubled
+        step, row, column = place // (grid[1] * grid[2]), place // grid[2] % grid[1], place % grid[2]
+        what = "two tokens" if doubled else "no token"
+        raise InputError(f"item {number} has {what} at t={step} x={row} y={column} of its grid {grid}")
     features = item.features
     if not torch.equal(order, torch.arange(count)):
         features = features[order.to(features.device, non_blocking=True)]

@@ -145,8 +145,20 @@ def test_a_hole_is_named() -> None:
 def test_a_doubled_token_is_refused() -> None:
     tokens, _ = image_to_tokens(pixels(32, 32))
     doubled = SparseTokens(tokens.features[[0, 1, 2, 3, 1]], tokens.positions[[0, 1, 2, 3, 1]], [5])
-    with pytest.raises(InputError, match="item 0 has two tokens somewhere"):
+    with pytest.raises(InputError, match=r"item 0 has two tokens at t=0 x=0 y=1 of its grid \(1, 2, 2\)"):
         tokens_to_pixels(doubled)
+    last = SparseTokens(tokens.features[[0, 1, 2, 3, 3]], tokens.positions[[0, 1, 2, 3, 3]], [5])
+    with pytest.raises(InputError, match="item 0 has two tokens at t=0 x=1 y=1 "):
+        tokens_to_pixels(last)
+    twins = SparseTokens(tokens.features[[0, 3, 3, 3]], tokens.positions[[0, 3, 3, 3]], [4])
+    with pytest.raises(InputError, match="item 0 has no token at t=0 x=0 y=1 "):
+        tokens_to_pixels(twins)
+
+
+def test_a_damaged_position_does_not_cost_a_grid_of_memory() -> None:
+    far = SparseTokens(torch.zeros(1, 3072), torch.tensor([[4095, 4095, 4095, 0]]), [1])
+    with pytest.raises(InputError, match=r"no token at t=0 x=0 y=0 of its grid \(4096, 4096, 4096\)"):
+        tokens_to_pixels(far)
 
 
 def test_an_empty_item_is_refused() -> None:
@@ -192,6 +204,17 @@ def test_bad_videos() -> None:
         visuals_to_tokens([])
     with pytest.raises(InputError, match="'pad' or 'crop'"):
         video_to_tokens(torch.zeros(1, 8, 8, 3), fit="stretch")  # type: ignore[arg-type]
+
+
+def test_longer_than_the_token_grid() -> None:
+    strip = torch.zeros(1, 1, 3).expand(1, 4096 * 16, 3)
+    assert image_to_tokens(strip)[0].validate().num_tokens == 4096
+    with pytest.raises(
+        InputError, match="the image has 65537 columns; at most 65536 fit the token grid: scale it down"
+    ):
+        image_to_tokens(torch.zeros(1, 1, 3).expand(1, 65537, 3))
+    with pytest.raises(InputError, match=r"the video has 16385 frames; .* as a stream"):
+        video_to_tokens(torch.zeros(1, 1, 1, 3).expand(4096 * 4 + 1, 1, 1, 3))
 
 
 def test_pixels_a_hair_outside_are_forgiven() -> None:
