@@ -12,6 +12,14 @@ from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_KEPT_OF_NAME = 40
+"""Characters of the target's name in the temporary one, which must stay below the 255 bytes of most file systems."""
+
+
+def temporary_beside(target: Path) -> Path:
+    """A hidden name in the folder of `target`, with its ending, that nothing else uses."""
+    return target.with_name(f".{target.stem[:_KEPT_OF_NAME]}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -21,7 +29,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     become a file or a folder; an existing folder at `path` is replaced only after the new one is complete.
 
     Args:
-        path: where the result shall appear. Missing parent folders are made.
+        path: where the result shall appear. Missing parent folders are made. A link stays, and what it points to is
+            replaced.
 
     Yields:
         The path to write to.
@@ -29,16 +38,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: as the writing raised it, naming `path`.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+    temporary = temporary_beside(target)
     try:
         yield temporary
         if target.is_dir() and temporary.is_dir():
             # A folder cannot be renamed onto a full one: the old one steps aside and goes when the new one is there.
             old = temporary.with_name(temporary.name + ".old")
             target.rename(old)
-            temporary.rename(target)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.replace(target)

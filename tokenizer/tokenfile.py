@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenizer.atomic import atomic_path
+from tokenizer.atomic import atomic_path, temporary_beside
 from tokenizer.errors import InputError
 from tokenizer.patches import VisualSize
 from tokenizer.sparse import SparseTokens
@@ -175,8 +174,13 @@ class TokenWriter:
 
     def __enter__(self) -> TokenWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part_paths = [self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.part") for _ in range(2)]
-        self._parts = [part.open("w+b") for part in self._part_paths]
+        self._part_paths = [temporary_beside(self.path) for _ in range(2)]
+        try:
+            self._parts = [part.open("w+b") for part in self._part_paths]
+        except OSError as error:
+            for part in self._part_paths:
+                part.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         return self
 
     def __exit__(

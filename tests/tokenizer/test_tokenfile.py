@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -370,3 +370,26 @@ def test_the_header_is_that_of_any_safetensors_file(good: bytes, tmp_path: Path)
         assert set(file.keys()) == {"features", "positions", "lengths"}
         assert json.loads(file.metadata()["atoken"])["fingerprint"] == ORIGIN.fingerprint
     assert struct.unpack("<Q", good[:8])[0] % 8 == 0
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    path = tmp_path / ("\N{CJK UNIFIED IDEOGRAPH-56FE}" * 83 + ".atok")  # 254 bytes
+    write(path)
+    assert TokenFile.load(path).origin == ORIGIN
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the file that was asked for and not a hidden part of it."""
+    opened: list[Path] = []
+
+    def only_once(path: Path, mode: str) -> IO[bytes]:
+        if opened:
+            raise PermissionError(13, "Permission denied", str(path))
+        opened.append(path)
+        return open(path, mode)  # noqa: PTH123 - Path.open is what is replaced
+
+    monkeypatch.setattr(Path, "open", only_once)
+    with pytest.raises(PermissionError) as error:
+        write(tmp_path / "x.atok")
+    assert error.value.filename == str(tmp_path / "x.atok")
+    assert list(tmp_path.iterdir()) == []
