@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from tokenizer.model.atoken import ATokenNetwork, Encoding
 from tokenizer.model.context import ContextPlanner, Tiling
 from tokenizer.model.posterior import Posterior
 from tokenizer.model.transformer import BlockCache
-from tokenizer.patches import Fit, VisualSize, tokens_to_pixels, video_to_tokens
+from tokenizer.patches import Fit, VisualSize, tokens_to_pixels, uint8_to_float, video_to_tokens
 from tokenizer.sparse import SparseTokens
 
 
@@ -32,20 +33,26 @@ class EncodedTile:
     frames: int
 
 
-def encode_stream(network: ATokenNetwork, frames: Iterable[Tensor], fit: Fit = "pad") -> Iterator[EncodedTile]:
+def encode_stream(
+    network: ATokenNetwork, frames: Iterable[Tensor] | str | PathLike[str], fit: Fit = "pad"
+) -> Iterator[EncodedTile]:
     """Encode a video that arrives in pieces.
 
     Args:
-        frames: blocks [T, H, W, 3] of any T, or single frames [H, W, 3], floats in [-1, 1], all of one size.
+        frames: blocks [T, H, W, 3] of any T, or single frames [H, W, 3], floats in [-1, 1], all of one size; or the
+            path of a video file.
         fit: as in `tokenizer.patches`; "crop" drops trailing frames that fill no patch, as released.
 
     Yields:
         A tile for every `tile_frames` frames and one for what remains.
 
     Raises:
-        InputError: no frames at all, blocks of another shape or size, or values outside [-1, 1].
+        InputError: no frames at all, blocks of another shape or size, values outside [-1, 1], or a file that is no
+            intact video.
     """
     patch, tile = network.config.patch_size, network.config.tile_frames
+    if isinstance(frames, (str, PathLike)):
+        frames = _frames_of_file(frames)
     step = 0
     for block in _tiles(frames, tile):
         if fit == "crop" and step and len(block) < patch[0]:
@@ -91,6 +98,12 @@ def decode_stream(
         yield tokens_to_pixels(patches, [VisualSize("video", frames, size.height, size.width)], config.patch_size)[0]
     if left:
         raise InputError(f"the tokens end {left} frames before the {size.frames} frames of the video")
+
+
+def _frames_of_file(path: str | PathLike[str]) -> Iterator[Tensor]:
+    from tokenizer.media import VideoReader
+
+    return (uint8_to_float(torch.from_numpy(block)) for block in VideoReader(path))
 
 
 class _TileDecoder:

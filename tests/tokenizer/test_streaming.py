@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,17 @@ from torch import Tensor
 from tests.tokenizer.networks import random_network
 from tokenizer import sparse
 from tokenizer.errors import InputError
+from tokenizer.media import VideoReader, VideoWriter
 from tokenizer.model.atoken import Encoding
 from tokenizer.model.context import Tiling
-from tokenizer.patches import Fit, VisualSize, tokens_to_pixels, video_to_tokens
+from tokenizer.patches import (
+    Fit,
+    VisualSize,
+    float_to_uint8,
+    tokens_to_pixels,
+    uint8_to_float,
+    video_to_tokens,
+)
 from tokenizer.sparse import SparseTokens
 from tokenizer.streaming import decode_stream, encode_stream
 
@@ -123,6 +132,19 @@ def test_a_tile_is_ready_as_soon_as_its_frames_are() -> None:
 
     for number, _ in enumerate(encode_stream(random_network(), frames())):
         assert len(given) == min(40, 16 * (number + 1))
+
+
+def test_a_file_is_a_stream(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "clip.webm", 25, height=10, width=13) as writer:
+        writer.write(float_to_uint8(clip(20, 10, 13)).numpy())
+    network = random_network(dtype=torch.float32)
+    tiles = list(encode_stream(network, tmp_path / "clip.webm"))
+    frames = uint8_to_float(torch.from_numpy(VideoReader(tmp_path / "clip.webm").read()))
+    expected = network.encode(video_to_tokens(frames, PATCH)[0]).latents
+    assert [tile.frames for tile in tiles] == [16, 4]
+    torch.testing.assert_close(joined(tile.encoding.latents for tile in tiles).features, expected.features)
+    with pytest.raises(InputError, match="no such file"):
+        next(encode_stream(network, str(tmp_path / "none.mp4")))
 
 
 def test_gradients_of_the_caller_are_left_alone() -> None:
