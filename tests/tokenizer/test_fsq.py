@@ -109,6 +109,12 @@ def test_values_keep_the_type_of_the_latents(dtype: torch.dtype) -> None:
     assert torch.equal(fsq().decode(quantized.indices).to(dtype), quantized.values)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_indices_of_any_integer_type(dtype: torch.dtype) -> None:
+    indices = torch.arange(128).reshape(16, 8)
+    assert torch.equal(fsq().decode(indices.to(dtype)), fsq().decode(indices.int()))
+
+
 def test_it_is_a_quantizer() -> None:
     assert isinstance(make_quantizer(FSQConfig(), 48), Quantizer)
 

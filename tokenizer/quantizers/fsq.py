@@ -113,6 +113,8 @@ class FSQ:
             raise InputError(f"indices must be [N, {self.codebooks}], got {tuple(indices.shape)}")
         if indices.is_floating_point() or indices.dtype == torch.bool:
             raise InputError(f"indices must be integers, got {str(indices.dtype).removeprefix('torch.')}")
+        if indices.dtype != torch.int64:
+            indices = indices.to(torch.int32)  # smaller types may hold the indices, but not the basis
         if indices.device.type == "cpu":
             bad = ((indices < 0) | (indices >= self.codebook_size)).any(dim=1)
             if bool(bad.any()):
