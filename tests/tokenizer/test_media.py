@@ -322,6 +322,21 @@ class TestVideoWriter:
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "limit"), [("x.webp", 16383), ("x.jpg", 65500), ("x.JPEG", 65500)])
+def test_sides_a_picture_format_cannot_hold(name: str, limit: int, tmp_path: Path) -> None:
+    save_image(np.zeros((1, limit, 3), np.uint8), tmp_path / name)
+    with pytest.raises(InputError, match=f"{limit + 1}x1 is more than the {limit} pixels a side .* write .png"):
+        save_image(np.zeros((1, limit + 1, 3), np.uint8), tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("x.mp4", 16384), ("x.webm", 65536), ("x.gif", 65535)])
+def test_sides_a_video_format_cannot_hold(name: str, limit: int, tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / name, 25, 2, limit) as writer:
+        writer.write(np.zeros((1, 2, limit, 3), np.uint8))
+    with pytest.raises(InputError, match=f"is more than the {limit} pixels a side .* write .npy, or a name with no"):
+        VideoWriter(tmp_path / name, 25, limit + 1, 2)
+
+
 def test_find_media(picture: Pixels, tmp_path: Path) -> None:
     for name in ("b.JPG", "sub/a.png", ".hidden/c.png"):
         save_image(picture, tmp_path / name)

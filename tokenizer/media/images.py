@@ -11,6 +11,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,9 @@ IMAGE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff
 """Endings by which a folder's pictures are found. Any file that Pillow can identify can be loaded by name."""
 
 SAVED_IMAGE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp")
+
+LARGEST_SIDES: Final = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+"""Pixels a side that a format holds, where it is fewer than pictures may have."""
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
@@ -120,13 +124,14 @@ def save_image(image: NDArray[np.uint8], path: str | os.PathLike[str], *, qualit
         quality: 1..100 of the lossy formats.
 
     Raises:
-        InputError: unknown ending, or not a uint8 array [H, W, 3].
+        InputError: unknown ending, not a uint8 array [H, W, 3], or more pixels a side than the format holds.
         OSError: the file cannot be written (no room, no permission).
     """
     target = Path(path)
     check_image_ending(target)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise InputError(f"{target}: a picture to write is uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")
+    check_sides(target, image.shape[0], image.shape[1], LARGEST_SIDES, ".png")
     # Full chroma: the default halves the colour resolution, which shows at the tokenizer's patch borders.
     options: dict[str, Any] = {"quality": quality, "subsampling": 0} if target.suffix.lower() != ".png" else {}
     encoded = io.BytesIO()
@@ -143,6 +148,15 @@ def check_image_ending(path: Path) -> None:
     if path.suffix.lower() not in SAVED_IMAGE_ENDINGS:
         given = f"ending '{path.suffix}'" if path.suffix else "no ending"
         raise InputError(f"{path}: {given}; pictures are written as {', '.join(SAVED_IMAGE_ENDINGS)}")
+
+
+def check_sides(path: Path, height: int, width: int, largest: Mapping[str, int], instead: str) -> None:
+    """Raise `InputError`, which recommends `instead`, unless the format of `path` holds pictures of this size."""
+    limit = largest.get(path.suffix.lower())
+    if limit is not None and max(height, width) > limit:
+        raise InputError(
+            f"{path}: {width}x{height} is more than the {limit} pixels a side that {path.suffix} holds; write {instead}"
+        )
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:

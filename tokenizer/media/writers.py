@@ -27,12 +27,15 @@ from PIL import Image
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError, require_package
-from tokenizer.media.images import save_image
+from tokenizer.media.images import check_sides, save_image
 
 if TYPE_CHECKING:
     import av
 
 SAVED_VIDEO_ENDINGS: Final = (".mp4", ".webm", ".gif", ".npy")
+
+LARGEST_SIDES: Final = {".mp4": 16384, ".webm": 65536, ".gif": 65535}
+"""Pixels a side that the encoders take."""
 
 Frame = NDArray[np.uint8]
 _WriteFrame = Callable[[Frame], None]
@@ -59,13 +62,15 @@ class VideoWriter:
         height, width: of every frame, in pixels.
 
     Raises:
-        InputError: unknown ending, a folder that holds other things, a frame of another size, or no frame at all.
+        InputError: unknown ending, a folder that holds other things, more pixels a side than the format holds, a frame
+            of another size, or no frame at all.
         OSError: the file cannot be written (no room, no permission).
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: Fraction | float, height: int, width: int) -> None:
         self.path = Path(path)
         check_video_ending(self.path)
+        check_sides(self.path, height, width, LARGEST_SIDES, ".npy, or a name with no ending for PNG frames")
         self.fps = Fraction(fps).limit_denominator(100_000)
         if self.fps <= 0:
             raise InputError(f"{self.path}: a frame rate of {fps}; it must be above 0")
