@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from tokenizer.atomic import atomic_path
 from tokenizer.cli.jobs import Job, plan_jobs
 from tokenizer.cli.lines import decoded_line, encoded_line, nested_lines, reconstructed_line
 from tokenizer.cli.outcome import Result, run_jobs
@@ -108,7 +110,9 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     jobs = []
     for original, ending in ((PHOTOGRAPH, ".png"), (CLIP, ".mp4"), (ASSET, ".ply")):
-        source = Path(shutil.copy(original, out / original.name))
+        source = out / original.name
+        with atomic_path(source) as temporary:
+            shutil.copy(original, temporary)
         jobs.append(Job(source, out / f"{original.stem}-side-by-side{ending}", needs_ending=False))
     written: list[str] = []
 
@@ -187,6 +191,7 @@ def decode(
     exact = _names_a_file(out, _saved_endings(), "results")
     exact = exact or (video_format is None and _is_one_video(inputs))
     jobs = plan_jobs(inputs, Path(out), _find_token_files, exact=exact)
+    importlib.import_module("tokenizer.cli.codec")  # seconds long, and no part of the first file's time
     codecs: dict[str, FileCodec] = {}
 
     def work(job: Job, progress: ProgressBars) -> Result:
