@@ -7,6 +7,7 @@ between bounds and cropped to whole patches:
     process_image           one picture or clip of 0..255 values
     batch_to_tokens         a dense batch, with the released fixed options
     video_to_frame_tokens   one token for each frame instead of each four
+    shown_pixels            the way back to bytes, as the released example takes it
 
 Where the released code guesses (the value range from the sign of the minimum, the layout from the last axis), these
 functions are told.
@@ -54,6 +55,8 @@ class Preprocessing:
     uint8_grey: grey frames are 127 instead of 127.5, as the released code made them for uint8 pixels.
     max_time_offset: a single-step item gets a random t of 0..max_time_offset.
     keep_patches: share of the tokens to keep, drawn at random and left in random order; 1 keeps all, in order.
+    max_tokens: a longer sequence ends after this many tokens in order of t, row and column, before any are drawn, as
+        the released folder loader cuts it; None cuts nothing.
     """
 
     patch_size: PatchSize = PATCH_SIZE
@@ -67,6 +70,7 @@ class Preprocessing:
     uint8_grey: bool = False
     max_time_offset: int = 0
     keep_patches: float = 1.0
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -91,6 +95,8 @@ class Preprocessing:
             raise InputError(f"max_time_offset must lie in 0..{MAX_POSITION}, got {self.max_time_offset}")
         if not 0 < self.keep_patches <= 1:
             raise InputError(f"keep_patches must lie in (0, 1], got {self.keep_patches}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InputError(f"max_tokens must be positive, got {self.max_tokens}")
 
     @property
     def is_random(self) -> bool:
@@ -174,6 +180,14 @@ def video_to_frame_tokens(frames: Tensor, patch_size: PatchSize = PATCH_SIZE) ->
     tokens, _ = video_to_tokens(frames, (1, *patch_size[1:]), fit="crop")
     missing = tokens.num_channels * (patch_size[0] - 1)
     return tokens.with_features(F.pad(tokens.features, (0, missing)))
+
+
+def shown_pixels(pixels: Tensor) -> Tensor:
+    """Floats in [-1, 1] -> uint8 as the released example shows them: clamped and truncated.
+
+    `tokenizer.patches.float_to_uint8` rounds instead, which halves the error.
+    """
+    return ((pixels.float() + 1.0) / 2.0 * 255.0).clamp(0, 255).to(torch.uint8)
 
 
 def scaled_size(size: Size, min_size: Size, max_size: Size) -> Size:
@@ -291,6 +305,7 @@ def _sampled_tokens(frames: Tensor, options: Preprocessing, generator: torch.Gen
     features = patchify(frames, options.patch_size)
     steps, rows, columns = (side // patch for side, patch in zip(frames.shape, options.patch_size, strict=False))
     positions = grid_positions((steps, rows, columns))
+    features, positions = features[: options.max_tokens], positions[: options.max_tokens]
     if steps == 1 and options.max_time_offset:
         positions[:, 0] += int(torch.randint(options.max_time_offset + 1, (), generator=generator))
     if options.keep_patches < 1:

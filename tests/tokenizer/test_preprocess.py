@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer.errors import InputError
-from tokenizer.patches import tokens_to_pixels
+from tokenizer.patches import float_to_uint8, tokens_to_pixels
 from tokenizer.preprocess import (
     Layout,
     Preprocessing,
@@ -16,6 +16,7 @@ from tokenizer.preprocess import (
     fixed_area_size,
     process_image,
     scaled_size,
+    shown_pixels,
     video_to_frame_tokens,
 )
 from tokenizer.sparse import SparseTokens
@@ -60,6 +61,21 @@ def test_results_lie_between_the_bounds(height: int, width: int, low: int, more:
     rows, columns = size_of(process_image(bytes_of(1, height, width), bounds))
     for side in (rows, columns):
         assert low // 16 * 16 <= side <= (low + more) // 16 * 16
+
+
+def test_a_sequence_may_be_cut_by_its_tokens() -> None:
+    frames = bytes_of(9, 32, 48)
+    whole, cut = process_image(frames), process_image(frames, Preprocessing(max_tokens=7))
+    assert whole.num_tokens == 12
+    assert torch.equal(cut.positions, whole.positions[:7])
+    assert torch.equal(cut.features, whole.features[:7])
+    assert process_image(frames, Preprocessing(max_tokens=13)).num_tokens == 12
+
+
+def test_the_released_example_truncates() -> None:
+    levels = torch.tensor([-3.0, -1.0, -1 + 1.9 / 255, 0.0, 1 - 0.1 / 255, 1.0, 3.0])
+    assert shown_pixels(levels).tolist() == [0, 0, 0, 127, 254, 255, 255]
+    assert float_to_uint8(levels).tolist() == [0, 0, 1, 128, 255, 255, 255]
 
 
 @QUICK
@@ -197,6 +213,7 @@ def test_dark_batch_in_0_to_255_is_not_mistaken() -> None:
         ({"pad_frames_to": 3}, "pad_frames_to must be at least the 4 frames"),
         ({"keep_patches": 0.0}, r"keep_patches must lie in \(0, 1\]"),
         ({"max_time_offset": -1}, "max_time_offset must lie in 0..4095"),
+        ({"max_tokens": 0}, "max_tokens must be positive"),
         ({"patch_size": (4, 16)}, "patch_size must be three positive numbers"),
     ],
 )
