@@ -33,7 +33,7 @@ from tests.tokenizer.asset_files import (
     plain_png,
     ply_file,
 )
-from tokenizer.assets.files import MissingFileError, relative
+from tokenizer.assets.files import FolderFiles, MappedFiles, MissingFileError, relative
 from tokenizer.assets.load import is_asset, load_mesh, load_mesh_from
 from tokenizer.assets.materials import AssetWarning, Pictures, Remarks
 from tokenizer.assets.mesh import Mesh
@@ -131,6 +131,20 @@ def test_nothing_outside_the_folder_is_opened(tmp_path: Path) -> None:
         load_mesh(folder / "b.obj")
 
 
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    (tmp_path / "Large.PNG").write_bytes(bytes(100))
+    for files in (FolderFiles(tmp_path / "a.obj"), MappedFiles({"x/a.obj": b"", "x/Large.PNG": bytes(100)}, "x/a.obj")):
+        assert files.read("large.png", 100) == bytes(100)
+        for reference, reason in (
+            ("large.png", "has 100 bytes, more than the 99 allowed"),
+            ("circle.png", "cannot be read|is not found"),
+            ("n" * 300, "cannot be read|is not found"),
+        ):
+            with pytest.raises(MissingFileError, match=rf"^'{reference[:100]}.*' ({reason})"):
+                files.read(reference, 99)
+
+
 def test_paths_that_are_no_assets(tmp_path: Path) -> None:
     (tmp_path / "folder.obj").mkdir()
     (tmp_path / "empty.obj").touch()
@@ -163,7 +177,8 @@ def test_pictures_that_cannot_be_used_leave_the_plain_colour() -> None:
     sound = plain_png(1, 2, 3, size=64)
     bomb = bytearray(sound)
     bomb[16:24] = struct.pack(">II", 100_000, 100_000)  # width and height in the header
-    for data in (b"", b"no picture", sound[: len(sound) // 2], bytes(bomb)):
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\n"
+    for data in (b"", b"no picture", sound[: len(sound) // 2], bytes(bomb), program):
         with pytest.warns(AssetWarning, match=r"^a.glb: texture 'images\[0\]' cannot be used \(.*\); the plain colour"):
             mesh = load(textured(data).glb(), "a.glb", silent=False)
         assert only(mesh).texture is None

@@ -16,7 +16,7 @@ from tokenizer.errors import InputError
 from tokenizer.media.images import check_file
 
 MAX_BYTES: Final = 2**30
-"""A file of an asset that is larger is refused before it is read."""
+"""A file of an asset that is larger is refused before it is read; some kinds have lower limits."""
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")  # https:, file:, and the C: of Windows
 _FOUND = "found among the files of the asset"
@@ -35,8 +35,8 @@ class AssetFiles(Protocol):
     def main(self) -> bytes:
         """The asset itself."""
 
-    def read(self, reference: str) -> bytes:
-        """A file that the asset names; `MissingFileError` if it is not there or lies outside."""
+    def read(self, reference: str, max_bytes: int = MAX_BYTES) -> bytes:
+        """A file that the asset names; `MissingFileError` if it is not there, lies outside or is larger."""
 
 
 class FolderFiles:
@@ -51,28 +51,26 @@ class FolderFiles:
         file = check_file(self._path)
         if not file.is_file():
             raise InputError(f"{file}: is not a regular file")
-        return self._bytes(file)
+        try:
+            return _contents(file, "it", MAX_BYTES)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror})") from error
 
-    def read(self, reference: str) -> bytes:
-        path = (self._root / relative(reference)).resolve()
-        if not path.is_relative_to(self._root):
-            raise MissingFileError(f"'{reference}' is a link that leads outside the folder of the asset; not opened")
-        if not path.exists() and path.parent.is_dir():
-            # Files made on Windows and macOS often differ from their references in upper and lower case.
-            alike = (other for other in path.parent.iterdir() if other.name.lower() == path.name.lower())
-            return self._inside(next(alike, path), reference)
-        return self._inside(path, reference)
-
-    def _inside(self, path: Path, reference: str) -> bytes:
-        if not path.resolve().is_relative_to(self._root) or not path.is_file():
-            raise MissingFileError(f"'{reference}' is not {_FOUND}")
-        return self._bytes(path)
-
-    def _bytes(self, path: Path) -> bytes:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise InputError(f"{path}: has {size} bytes, more than the {MAX_BYTES} allowed in one file of an asset")
-        return path.read_bytes()
+    def read(self, reference: str, max_bytes: int = MAX_BYTES) -> bytes:
+        shown = shortened(reference)
+        try:
+            path = (self._root / relative(reference)).resolve()
+            if not path.exists() and path.parent.is_relative_to(self._root) and path.parent.is_dir():
+                # Files made on Windows and macOS often differ from their references in upper and lower case.
+                alike = (other for other in path.parent.iterdir() if other.name.lower() == path.name.lower())
+                path = next(alike, path).resolve()
+            if not path.is_relative_to(self._root):
+                raise MissingFileError(f"'{shown}' is a link that leads outside the folder of the asset; not opened")
+            if not path.is_file():
+                raise MissingFileError(f"'{shown}' is not {_FOUND}")
+            return _contents(path, f"'{shown}'", max_bytes)
+        except (OSError, RuntimeError) as error:  # no permission, a name that is too long, links in a circle
+            raise MissingFileError(f"'{shown}' cannot be read") from error
 
 
 class MappedFiles:
@@ -89,15 +87,26 @@ class MappedFiles:
     def main(self) -> bytes:
         return self._files[self.name]
 
-    def read(self, reference: str) -> bytes:
+    def read(self, reference: str, max_bytes: int = MAX_BYTES) -> bytes:
         name = str(self._folder / relative(reference))
         if name not in self._files:
             if self._by_lower_case is None:
                 self._by_lower_case = {name.lower(): name for name in self._files}
             name = self._by_lower_case.get(name.lower(), name)
         if name not in self._files:
-            raise MissingFileError(f"'{reference}' is not {_FOUND}")
+            raise MissingFileError(f"'{shortened(reference)}' is not {_FOUND}")
+        _check_bytes(len(self._files[name]), f"'{shortened(reference)}'", max_bytes)
         return self._files[name]
+
+
+def _contents(path: Path, shown: str, max_bytes: int) -> bytes:
+    _check_bytes(path.stat().st_size, shown, max_bytes)
+    return path.read_bytes()
+
+
+def _check_bytes(count: int, shown: str, max_bytes: int) -> None:
+    if count > max_bytes:
+        raise MissingFileError(f"{shown} has {count} bytes, more than the {max_bytes} allowed")
 
 
 def relative(reference: str) -> PurePosixPath:

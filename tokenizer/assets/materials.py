@@ -19,7 +19,13 @@ from tokenizer.assets.mesh import Floats, Material, Texture
 from tokenizer.errors import InputError
 from tokenizer.media.images import DECODING_ERRORS, MAX_PIXELS, open_image
 
+Pixels = NDArray[np.uint8] | None
+AlphaMode = Literal["opaque", "mask", "blend"]
+
 _MAX_WARNINGS: Final = 10
+
+# Pillow knows more, and starts other programs for some (Ghostscript for EPS); nobody paints an asset with those.
+_FORMATS: Final = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TGA", "GIF", "TIFF", "PPM", "DDS", "PCX", "JPEG2000")
 
 
 class AssetWarning(UserWarning):
@@ -65,35 +71,79 @@ WHITE: Final = Skin(Material((1.0, 1.0, 1.0, 1.0)))
 
 
 class Pictures:
-    """Pictures of one asset, each decoded once, all together below `max_pixels`."""
+    """Pictures of one asset, each decoded once, all together of `max_pixels` at most.
+
+    Materials by the thousand may share a picture, so whatever takes time or memory for a picture happens here, once.
+    """
 
     def __init__(self, remarks: Remarks, max_pixels: int = MAX_PIXELS) -> None:
         self._remarks = remarks
         self._left = max_pixels
-        self._known: dict[object, NDArray[np.uint8] | None] = {}
+        self._known: dict[object, Pixels] = {}
+        self._alphas: dict[int, AlphaMode] = {}
 
-    def get(self, key: object, label: str, read: Callable[[], bytes]) -> NDArray[np.uint8] | None:
+    def get(self, key: object, label: str, read: Callable[[], bytes]) -> Pixels:
         """uint8 [H, W, 4] of the picture that `read` returns in its encoded form, or None after a remark."""
+        return self._once(key, label, lambda: self._decode(read()))
+
+    def with_opacity(self, key: object, colour: NDArray[np.uint8] | None, opacity: NDArray[np.uint8]) -> Pixels:
+        """Pixels of `colour`, or white, with those of `opacity` as their alpha; None after a remark.
+
+        A picture of opacity is grey, or it has an alpha of its own that counts. It is resized to the colour.
+        """
+
+        def combine() -> NDArray[np.uint8]:
+            size = opacity if colour is None else colour
+            self._take(size.shape[0] * size.shape[1])
+            alpha = opacity[..., 3]
+            if opacity is not colour and alpha.min() == 255:
+                alpha = np.asarray(Image.fromarray(opacity).convert("L"))
+            if alpha.shape != size.shape[:2]:
+                alpha = np.asarray(Image.fromarray(alpha).resize((size.shape[1], size.shape[0])))
+            return np.dstack([np.full_like(size[..., :3], 255) if colour is None else colour[..., :3], alpha])
+
+        return self._once(key, "with an opacity map", combine)
+
+    def alpha_mode(self, alpha: float, texture: Texture | None) -> AlphaMode:
+        """What a file without a say in it (MTL, PLY) means: cut-outs are cut, half-transparent things blend."""
+        if alpha < 1:
+            return "blend"
+        if texture is None:
+            return "opaque"
+        number = id(texture.pixels)
+        if number not in self._alphas:
+            self._alphas[number] = _alpha_of(texture.pixels[..., 3])
+        return self._alphas[number]
+
+    def _once(self, key: object, label: str, make: Callable[[], NDArray[np.uint8]]) -> Pixels:
         if key not in self._known:
+            self._known[key] = None
             try:
-                self._known[key] = self._decode(read())
+                self._known[key] = make()
             except MissingFileError as error:
                 self._remarks.add(f"texture {error}; the plain colour of its material is used")
-                self._known[key] = None
             except (InputError, *DECODING_ERRORS) as error:
                 reason = shortened(str(error))
-                self._remarks.add(f"texture '{label}' cannot be used ({reason}); the plain colour is used")
-                self._known[key] = None
+                self._remarks.add(f"texture '{shortened(label)}' cannot be used ({reason}); the plain colour is used")
         return self._known[key]
 
     def _decode(self, encoded: bytes) -> NDArray[np.uint8]:
         image = open_image(encoded)
-        count = image.width * image.height
-        if count > self._left:
+        if image.format not in _FORMATS:
+            raise InputError(f"{image.format} is not a format of textures")
+        self._take(image.width * image.height)
+        return _rgba(image)
+
+    def _take(self, pixels: int) -> None:
+        if pixels > self._left:
             raise InputError("the textures of this asset have too many pixels together")
-        pixels = _rgba(image)
-        self._left -= count
-        return pixels
+        self._left -= pixels
+
+
+def _alpha_of(alpha: NDArray[np.uint8]) -> AlphaMode:
+    if alpha.min() == 255:
+        return "opaque"
+    return "mask" if ((alpha == 0) | (alpha == 255)).all() else "blend"
 
 
 def _rgba(image: Image.Image) -> NDArray[np.uint8]:
@@ -110,15 +160,3 @@ def linear_to_display(values: Floats) -> Floats:
     clipped = np.clip(np.nan_to_num(values), 0, 1)
     curve = 1.055 * np.power(clipped, 1 / 2.4) - 0.055
     return np.where(clipped <= 0.0031308, 12.92 * clipped, curve)
-
-
-def alpha_mode(alpha: float, texture: Texture | None) -> Literal["opaque", "mask", "blend"]:
-    """What a file without a say in it (MTL, PLY) means: cut-outs are cut, half-transparent things blend."""
-    if alpha < 1:
-        return "blend"
-    if texture is None:
-        return "opaque"
-    levels = np.unique(texture.pixels[..., 3])
-    if levels[0] == 255:
-        return "opaque"
-    return "mask" if np.isin(levels, (0, 255)).all() else "blend"

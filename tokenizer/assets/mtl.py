@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from tokenizer.assets.files import AssetFiles
-from tokenizer.assets.materials import Pictures, Skin, alpha_mode
+from tokenizer.assets.materials import Pictures, Skin
 from tokenizer.assets.mesh import Floats, Material, Texture, Wrap
 
 # How many values follow an option of a map_ line; those not listed take one.
@@ -54,45 +53,28 @@ def _mtl_skin(entries: dict[str, list[str]], files: AssetFiles, pictures: Pictur
     elif transparency := _numbers(entries.get("tr", [])[-1:]):
         alpha = 1 - transparency[0]
 
-    texture, matrix = _mtl_texture(entries, files, pictures)
+    texture, matrix = _texture(entries, files, pictures)
     if texture is not None and "map_kd" in entries and max(red, green, blue) == 0:
         red = green = blue = 1.0
     clip = [min(max(value, 0.0), 1.0) for value in (red, green, blue, alpha)]
-    material = Material((clip[0], clip[1], clip[2], clip[3]), texture, alpha_mode(clip[3], texture))
+    material = Material((clip[0], clip[1], clip[2], clip[3]), texture, pictures.alpha_mode(clip[3], texture))
     return Skin(material, matrix)
 
 
-def _mtl_texture(
+def _texture(
     entries: dict[str, list[str]], files: AssetFiles, pictures: Pictures
 ) -> tuple[Texture | None, Floats | None]:
     """The colour map with the opacity map as its alpha, and the matrix of texture coordinates."""
-
-    def picture(key: str) -> tuple[NDArray[np.uint8] | None, dict[str, list[str]]]:
-        if key not in entries:
-            return None, {}
-        name, options = _map_line(entries[key][0])
-        return pictures.get(name, name, lambda: files.read(name)), options
-
-    colour, options = picture("map_kd")
-    opacity, other_options = picture("map_d")
+    maps = {key: _map_line(entries[key][0]) for key in ("map_kd", "map_d") if key in entries}
+    found = {key: pictures.get(name, name, partial(files.read, name)) for key, (name, _) in maps.items()}
+    pixels, opacity = found.get("map_kd"), found.get("map_d")
     if opacity is not None:
-        colour, options = _with_opacity(colour, opacity), options or other_options
-    if colour is None:
+        pixels = pictures.with_opacity(("opacity", *(name for name, _ in maps.values())), pixels, opacity)
+    if pixels is None:
         return None, None
+    options = next(iter(maps.values()))[1]
     wrap: Wrap = "clamp" if options.get("-clamp") == ["on"] else "repeat"
-    return Texture(colour, wrap, wrap), _map_matrix(options)
-
-
-def _with_opacity(colour: NDArray[np.uint8] | None, opacity: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    # An opacity map is a grey picture, or a picture whose own alpha counts; often it is the colour map once more.
-    alpha = opacity[..., 3]
-    if (alpha == 255).all() and opacity is not colour:
-        alpha = np.asarray(Image.fromarray(opacity).convert("L"))
-    if colour is None:
-        colour = np.full_like(opacity, 255)
-    if alpha.shape != colour.shape[:2]:
-        alpha = np.asarray(Image.fromarray(alpha).resize((colour.shape[1], colour.shape[0])))
-    return np.dstack([colour[..., :3], alpha])
+    return Texture(pixels, wrap, wrap), _map_matrix(options)
 
 
 def _map_line(line: str) -> tuple[str, dict[str, list[str]]]:

@@ -26,7 +26,7 @@ from tokenizer.assets.text import as_utf8, display_colours, pieces, rows
 from tokenizer.errors import InputError
 
 _COLUMNS: Final = 6  # of a vertex: position, and red, green, blue in the dialect that has them
-
+_MAX_MTL_BYTES: Final = 2**26
 _MAX_LINES: Final = 40_000_000  # the default number of faces with as many vertices, texture coordinates and normals
 
 
@@ -170,7 +170,7 @@ def _skins(contents: _Contents, source: Source, default: Skin) -> tuple[Skin, ..
     known: dict[str, Skin] = {}
     for library in contents.libraries if wanted else ():
         try:
-            text = source.files.read(library).decode("utf-8", errors="replace")
+            text = source.files.read(library, _MAX_MTL_BYTES).decode("utf-8", errors="replace")
         except MissingFileError as error:
             source.remarks.add(f"material file {error}")
             continue

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.assets.materials import PLAIN, WHITE, Skin, alpha_mode
+from tokenizer.assets.materials import PLAIN, WHITE, Skin
 from tokenizer.assets.mesh import Floats, Texture
 from tokenizer.assets.ply_elements import Element, Header, locate, read_elements
 from tokenizer.assets.polygons import Polygons, Triangles, cut_polygons
@@ -128,5 +128,5 @@ def _skins(texture_names: Sequence[str], colours: Floats | None, source: Source)
         pixels = source.pictures.get(name, name, partial(source.files.read, name)) if name else None
         texture = None if pixels is None else Texture(pixels)
         material = replace((base if texture is None else WHITE).material, texture=texture)
-        skins.append(Skin(replace(material, alpha=alpha_mode(alpha, texture))))
+        skins.append(Skin(replace(material, alpha=source.pictures.alpha_mode(alpha, texture))))
     return tuple(skins)
