@@ -30,7 +30,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(PHOTOGRAPH, "photo.jpg")
     shutil.copy(CLIP, "clip.mp4")
-    shutil.copy(ASSET, "parasol.glb")
+    shutil.copy(ASSET, "bread.glb")
     Path("pictures").mkdir()
     shutil.copy(PHOTOGRAPH, "pictures/one.jpg")
     return tmp_path
@@ -43,7 +43,7 @@ def test_python(workplace: Path, tiny_models: Path) -> None:
     for block in blocks("python"):
         exec(block, names)
     assert isinstance(names["model"], AToken)
-    assert {"photo.atok", "parasol.ply", "atoken-soc", "copy.safetensors"} <= {
+    assert {"photo.atok", "bread.ply", "atoken-soc", "copy.safetensors"} <= {
         path.name for path in workplace.iterdir()
     }
     original, copy = (AToken.from_pretrained(path) for path in ("atoken-soc.safetensors", "copy.safetensors"))

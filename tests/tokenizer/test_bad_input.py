@@ -200,6 +200,25 @@ def wrong_sizes(path: Path, picture: Pixels) -> None:
     save_file({**tensors, "lengths": torch.tensor([11])}, path, metadata={"atoken": stored.origin.to_json()})
 
 
+def changed_tokens(change: Callable[[dict[str, torch.Tensor]], object]) -> MakeFile:
+    def make(path: Path, picture: Pixels) -> None:
+        stored = AToken.from_pretrained("atoken-nano").encode_image(picture)
+        tokens = stored.tokens
+        tensors = {"features": tokens.features, "positions": tokens.positions.short(), "lengths": tokens.lengths}
+        change(tensors)
+        save_file(tensors, path, metadata={"atoken": stored.origin.to_json()})
+
+    return make
+
+
+def unsorted_video(path: Path, picture: Pixels) -> None:
+    """Tokens of a stream come in order of time; these do not."""
+    stored = AToken.from_pretrained("atoken-nano").encode_video(np.stack([picture] * 20))
+    tokens = stored.tokens
+    tensors = {"features": tokens.features.flip(0).contiguous(), "positions": tokens.positions.flip(0).short()}
+    save_file({**tensors, "lengths": tokens.lengths}, path, metadata={"atoken": stored.origin.to_json()})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -208,6 +227,11 @@ def wrong_sizes(path: Path, picture: Pixels) -> None:
         (lambda path, _: path.touch(), "not a token file, or truncated"),
         (lambda path, _: save_file({"a": torch.zeros(1)}, path), "a safetensors file, but not one of tokens"),
         (wrong_sizes, "grid"),
+        (changed_tokens(lambda t: t["features"][5].fill_(torch.nan)), "row 5 (item 0, position t=0 x=1 y=1 z=0) has a"),
+        (changed_tokens(lambda t: t["positions"][5].fill_(4096)), "has a coordinate outside 0..4095"),
+        (changed_tokens(lambda t: t["positions"][5].fill_(-1)), "has a coordinate outside 0..4095"),
+        (changed_tokens(lambda t: t["positions"][5].zero_()), "row 5 (item 0, position t=0 x=0 y=0 z=0) has the same"),
+        (changed_tokens(lambda t: t.update(lengths=t["lengths"][:0])), "its tensors contradict each other"),
     ],
 )
 def test_broken_token_files(atoken: Atoken, picture: Pixels, tmp_path: Path, make: MakeFile, message: str) -> None:
@@ -216,6 +240,15 @@ def test_broken_token_files(atoken: Atoken, picture: Pixels, tmp_path: Path, mak
     assert (status, out) == (1, "")
     assert err.startswith("error: ")
     assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.atok"]
+
+
+def test_tokens_of_a_video_out_of_order(atoken: Atoken, picture: Pixels, tmp_path: Path) -> None:
+    unsorted_video(tmp_path / "x.atok", picture)
+    status, out, err = atoken("decode", "x.atok", "--out", "x.mp4")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: x.atok: ")
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.atok"]
 

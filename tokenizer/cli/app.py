@@ -238,7 +238,7 @@ def reconstruct(
       atoken demo --out atoken-demo
       atoken reconstruct atoken-demo/coffee.jpg --out coffee.png
       atoken reconstruct "atoken-demo/*.jpg" --out reconstructions
-      atoken reconstruct atoken-demo/parasol.glb --out parasol.ply
+      atoken reconstruct atoken-demo/bread.glb --out bread.ply
     """
     from tokenizer.cli.assets import find_inputs
 
@@ -270,7 +270,7 @@ def view(
     \b
     Examples:
       atoken demo --out atoken-demo
-      atoken view atoken-demo/parasol-side-by-side.ply --out parasol.html
+      atoken view atoken-demo/bread-side-by-side.ply --out bread.html
     """
     from tokenizer.cli.view import view as write_view
 

@@ -38,6 +38,8 @@ SIZE = 256
 SHEET_VIEWS, SHEET_PHASE = 8, 1.0
 """Views that reconstructions are measured on, and the turn of their cameras: others than the model has seen."""
 TURN_FRAMES, FRAME_RATE = 24, Fraction(12)
+VIEWS_RADIUS = 0.75
+"""Of the sphere that a turntable of views shows; there is no mesh to ask for its own."""
 PAPER = 1.0
 """Ground of pictures for people. Figures are measured on black."""
 
@@ -181,15 +183,13 @@ class AssetCodec:
 
     def _turn(self, asset: Mesh | Views, gaussians: Gaussians, target: Path, progress: ProgressBars) -> None:
         mesh = asset.normalised() if isinstance(asset, Mesh) else None
-        radius = mesh.radius if mesh is not None else 0.75
-        cameras = turntable_cameras(TURN_FRAMES, radius)
+        cameras = turntable_cameras(TURN_FRAMES, mesh.radius if mesh is not None else VIEWS_RADIUS)
+        originals = render_views(mesh, cameras, SIZE, samples=2).composited(PAPER) if mesh is not None else None
         with VideoWriter(target, FRAME_RATE, SIZE, SIZE * (2 if mesh is not None else 1)) as writer:
             for number in range(TURN_FRAMES):
-                camera = cameras[number : number + 1]
-                frame = _drawn(gaussians, camera, SIZE, PAPER)
-                if mesh is not None:
-                    original = _uint8(render_views(mesh, camera, SIZE, samples=2).composited(PAPER)[0])
-                    frame = np.concatenate([original, frame], axis=1)
+                frame = _drawn(gaussians, cameras[number : number + 1], SIZE, PAPER)
+                if originals is not None:
+                    frame = np.concatenate([_uint8(originals[number]), frame], axis=1)
                 writer.write(frame[None])
                 progress.advance_frames(1)
 

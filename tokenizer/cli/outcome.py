@@ -6,7 +6,9 @@ progress and remarks to stderr.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
 import time
@@ -31,6 +33,9 @@ def run(command: Callable[[], object]) -> int:
     # Remarks of libraries about files (Pillow on odd EXIF blocks) are not part of the output.
     if not debugging():
         warnings.filterwarnings("ignore")
+    # File names may hold what the terminal's encoding cannot say.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command()
     except TyperException as error:
@@ -77,9 +82,8 @@ def run_jobs(
             try:
                 result = {"source": str(job.source), **work(job, progress)}
             except Exception as error:
-                # A failure of the disk that names no file is one of writing the result.
-                failures.append({"source": str(job.source), "error": describe(error, str(job.target))})
-                report_error(error, str(job.target))
+                failures.append({"source": str(job.source), "error": describe_failure(error, job)})
+                report_error(error, failures[-1]["error"])
             else:
                 result["seconds"] = round(time.perf_counter() - start, 3)
                 results.append(result)
@@ -87,7 +91,8 @@ def run_jobs(
                     progress.print(line(result))
             progress.file_done()
     if as_json:
-        print(json.dumps({"command": command, "results": results, "failures": failures}, indent=2))
+        report = _json_ready({"command": command, "results": results, "failures": failures})
+        print(json.dumps(report, indent=2, allow_nan=False))
     if failures and len(jobs) > 1:
         names = ", ".join(failure["source"] for failure in failures)
         print(f"{len(results)} of {len(jobs)} done, {len(failures)} failed: {names}", file=sys.stderr)
@@ -106,11 +111,27 @@ def describe(error: Exception, file: str = "") -> str:
     return f"unexpected {type(error).__name__}: {text} (ATOKEN_DEBUG=1 shows where)"
 
 
-def report_error(error: Exception, file: str = "") -> None:
-    """Print an error: one line, as `describe` makes it, and before it everything when debugging."""
+def describe_failure(error: Exception, job: Job) -> str:
+    """One line for the failure of a job; it always names a file, and of many the one that failed."""
+    # A failure of the disk that names no file is one of writing the result.
+    text = describe(error, str(job.target))
+    return text if str(job.source) in text or str(job.target) in text else f"{job.source}: {text}"
+
+
+def report_error(error: Exception, message: str = "") -> None:
+    """Print an error: one line, by default as `describe` makes it, and before it everything when debugging."""
     if debugging():
         traceback.print_exception(error)
-    report_line(describe(error, file))
+    report_line(message or describe(error))
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON knows no infinity: the PSNR of an exact copy becomes null."""
+    if isinstance(value, dict):
+        return {key: _json_ready(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_json_ready(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_line(message: str) -> None:

@@ -8,5 +8,5 @@ PHOTOGRAPH = Path(__file__).with_name("coffee.jpg")
 CLIP = Path(__file__).with_name("bunny.mp4")
 """36 frames of 320x180 at 25 frames per second."""
 
-ASSET = Path(__file__).with_name("parasol.glb")
-"""5,628 triangles with a texture of 512x512."""
+ASSET = Path(__file__).with_name("bread.glb")
+"""420 triangles with a texture of 512x512."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import zipfile
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tokenizer.media import VideoReader, VideoWriter, load_image, save_image
 
 FIRST_FRAME, FRAMES = 96, 36
 FURNITURE = Path("/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f")
+MODEL = "blendswap-cc-0/bread"
 TEXTURE_SIDE = 512
 
 
@@ -46,13 +48,15 @@ def _make_asset() -> None:
         raise InputError(f"{FURNITURE}: no such file; the 3D model is in Debian's package sweethome3d-furniture")
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(FURNITURE) as archive:
-            archive.extractall(folder, [name for name in archive.namelist() if "/umbrella/" in name])
-        scene = trimesh.load_scene(Path(folder) / "blendswap-cc-0" / "umbrella" / "umbrella.obj")
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith(MODEL)])
+        scene = trimesh.load_scene(Path(folder) / MODEL / f"{Path(MODEL).name}.obj")
     for geometry in scene.geometry.values():
-        image = getattr(geometry.visual.material, "image", None)
-        if image is not None:
-            geometry.visual.material.image = image.convert("RGB").resize((TEXTURE_SIDE, TEXTURE_SIDE))
-            geometry.visual.material.image.format = "JPEG"
+        picture = geometry.visual.material.image.convert("RGB").resize((TEXTURE_SIDE, TEXTURE_SIDE))
+        stored = BytesIO()
+        picture.save(stored, "JPEG", quality=90)
+        geometry.visual.material = trimesh.visual.material.PBRMaterial(
+            baseColorTexture=Image.open(stored), metallicFactor=0.0
+        )
     ASSET.write_bytes(scene.export(file_type="glb"))
 
 

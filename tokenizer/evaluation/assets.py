@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tokenizer.gaussians.rasterize import rasterize
 from tokenizer.media import save_image
 from tokenizer.training.asset_store import StoredAsset, read_store
 
-SIZES = (0.2, 0.24, 0.28, 0.32, 0.36, 0.4, 0.45, 0.5)
+SIZES = (0.2, 0.24, 0.28, 0.32, 0.37, 0.43)
 """Standard deviations of the flat Gaussians that are tried, in voxels."""
 
 OPAQUE_LOGIT = 7.0
@@ -57,18 +57,14 @@ class Figures:
     gaussians: int
 
 
-def flat_gaussians(asset: StoredAsset, resolution: int, size: float) -> Gaussians:
-    """One opaque sphere for each voxel, of the mean colour that the seen views show in it.
-
-    Args:
-        size: standard deviation in voxels.
-    """
+def flat_gaussians(asset: StoredAsset, resolution: int) -> Gaussians:
+    """One opaque sphere for each voxel, of the mean colour that the seen views show in it; as wide as the voxel."""
     voxels, _, colours, counts = octants(asset.views("seen"), resolution)
     mean = (colours * counts[..., None]).sum(dim=1) / counts.sum(dim=1, keepdim=True)
     count = len(mean)
     return Gaussians(
         means=(voxels.coordinates.float() + 0.5) / resolution - 0.5,
-        scales=torch.full((count, 3), size / resolution),
+        scales=torch.full((count, 3), 1 / resolution),
         quaternions=torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(count, 1),
         dc=(mean - 0.5) / SH_DEGREE_0,
         opacity_logits=torch.full((count, 1), OPAQUE_LOGIT),
@@ -103,10 +99,11 @@ def measure(
     wanted = (unseen.composited() * 255).round() / 255
     drawn = draw(gaussians, unseen.cameras, unseen.size).cpu()
     flat = {}
-    for size in SIZES if baseline is not None else ():
-        assert baseline is not None
-        spheres = flat_gaussians(asset, baseline, size)
-        flat[size] = mean_psnr(draw(spheres, unseen.cameras, unseen.size), wanted)
+    if baseline is not None:
+        spheres = flat_gaussians(asset, baseline)
+        for size in SIZES:
+            sized = replace(spheres, scales=torch.full_like(spheres.scales, size / baseline))
+            flat[size] = mean_psnr(draw(sized, unseen.cameras, unseen.size), wanted)
     pairs = zip(_uint8(wanted), _uint8(drawn), strict=True)
     likeness = float(np.mean([ssim(original, copy) for original, copy in pairs]))
     sheet = torch.stack([wanted, drawn]).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
