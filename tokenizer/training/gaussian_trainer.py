@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,20 +157,7 @@ class GaussianTrainer:
             return
         rng = np.random.default_rng((self.config.seed, 1))
         chosen = rng.choice(len(self.training), min(self.config.start_assets, len(self.training)), replace=False)
-        features: list[Tensor] = []
-        places: list[Tensor] = []
-        colours: list[Tensor] = []
-        counts: list[Tensor] = []
-        for number in chosen.tolist():
-            asset = self.training[number]
-            voxels, place, colour, count = octants(asset.views("seen"), self.config.decoder.resolution)
-            tokens = self._voxels(asset).to("cpu")
-            # Other rules may fill other voxels: only common ones are fitted.
-            mine, theirs = _common(tokens.positions[:, 1:], voxels.coordinates, self.config.decoder.resolution)
-            features.append(tokens.features[mine])
-            for collected, values in ((places, place), (colours, colour), (counts, count)):
-                collected.append(values[theirs])
-        start_from_octants(self.decoder, features, places, colours, counts)
+        fit_start(self.decoder, self.model, [self.training[number] for number in chosen.tolist()], self.cache)
         self.average = MovingAverage(self.decoder, self.config.optimizer.ema)
 
     def _step(self, step: int) -> dict[str, float]:
@@ -250,6 +238,19 @@ class GaussianTrainer:
             TextColumn("{task.fields[note]}"),
         )
         return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+
+
+def fit_start(decoder: GaussianDecoder, model: AToken, assets: Sequence[StoredAsset], cache: Path) -> None:
+    """Fit the decoder's skip to some assets (`tokenizer.training.gaussian_start`)."""
+    resolution, rule = decoder.config.resolution, decoder.config.packing
+    collected: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for asset in assets:
+        voxels, place, colour, count = octants(asset.views("seen"), resolution)
+        tokens = decoded_voxels(model, asset, rule, resolution, cache)
+        # Other rules may fill other voxels: only common ones are fitted.
+        mine, theirs = _common(tokens.positions[:, 1:], voxels.coordinates, resolution)
+        collected.append((tokens.features[mine], place[theirs], colour[theirs], count[theirs]))
+    start_from_octants(decoder, *zip(*collected, strict=True))
 
 
 def _common(ours: Tensor, theirs: Tensor, resolution: int) -> tuple[Tensor, Tensor]:

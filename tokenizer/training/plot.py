@@ -12,7 +12,13 @@ from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError, require_package
 from tokenizer.training.trainer import LOG_FILE
 
-PANELS = (("loss",), ("image psnr", "video psnr"), ("image lpips",), ("psnr image", "psnr video"))
+PANELS = (
+    ("loss",),
+    ("image psnr", "video psnr"),
+    ("image lpips",),
+    ("train psnr",),
+    ("psnr image", "psnr video", "psnr"),
+)
 """Keys drawn together; the last panel is validation with averaged weights."""
 
 
