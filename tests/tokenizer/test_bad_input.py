@@ -204,7 +204,8 @@ def changed_tokens(change: Callable[[dict[str, torch.Tensor]], object]) -> MakeF
     def make(path: Path, picture: Pixels) -> None:
         stored = AToken.from_pretrained("atoken-nano").encode_image(picture)
         tokens = stored.tokens
-        tensors = {"features": tokens.features, "positions": tokens.positions.short(), "lengths": tokens.lengths}
+        tensors = {"features": tokens.features.contiguous(), "positions": tokens.positions.short()}
+        tensors["lengths"] = tokens.lengths
         change(tensors)
         save_file(tensors, path, metadata={"atoken": stored.origin.to_json()})
 

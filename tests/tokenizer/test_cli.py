@@ -119,7 +119,7 @@ class TestNames:
             (["encode", "a.png", "b.png", "--out", "x.atok"], "x.atok: is one file for 2 inputs; name a folder"),
             (["encode", "a.png", "a.jpg", "--out", "x"], "a.png and a.jpg would both become x/a; give them to"),
             (["encode", "none*.png", "--out", "x"], "none*.png: no file matches"),
-            (["encode", "empty", "--out", "x"], "empty: no pictures or videos in it"),
+            (["encode", "empty", "--out", "x"], "empty: no pictures, videos or 3D assets ("),
             (["decode", "empty", "--out", "x"], "empty: no .atok files in it"),
             (["decode", "picture.atok", "--out", "x.mp4"], "pictures are written as .png, .jpg, .jpeg, .webp"),
             (["decode", "clip.atok", "--out", "x.png"], "videos are written as .mp4, .webm, .gif, .npy, or with no"),
