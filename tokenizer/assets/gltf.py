@@ -17,8 +17,11 @@ from tokenizer.assets.gltf_materials import read_material
 from tokenizer.assets.materials import WHITE, Skin, linear_to_display
 from tokenizer.assets.mesh import Floats
 from tokenizer.assets.shapes import Shape, Source, joined
+from tokenizer.errors import InputError
 
 _TRIANGLES, _STRIP, _FAN = 4, 5, 6
+# More placed meshes and primitives than this are refused: each takes a moment, however few triangles it has.
+_MAX_PARTS = 100_000
 _PLACING = {"matrix", "translation", "rotation", "scale"}
 
 
@@ -129,17 +132,25 @@ class _Reader:
         self._skins: list[Skin] = []
         self._skin_numbers: dict[object, int] = {}
         self._faces = 0
+        self._parts = 0
 
     def skins(self) -> tuple[Skin, ...]:
         return tuple(self._skins)
 
     def mesh(self, number: object) -> Shape:
+        self._count_parts(1)
         item = self._document.item("meshes", number)
         if number not in self._meshes:
+            self._count_parts(len(field(item, "primitives", list)))
             primitives = [self._primitive(of_type(p, dict, "a primitive")) for p in field(item, "primitives", list)]
             shapes = [shape for shape in primitives if shape is not None]
             self._meshes[number] = joined(shapes) if shapes else _empty()
         return self._meshes[number]
+
+    def _count_parts(self, more: int) -> None:
+        self._parts += more
+        if self._parts > _MAX_PARTS:
+            raise InputError(f"{self._source.files.name}: has more than {_MAX_PARTS} parts; join some of its meshes")
 
     def _skin(self, number: object) -> int:
         if number not in self._skin_numbers:
