@@ -1,7 +1,7 @@
 """`python -m benchmarks.assets`: from a 3D asset to tokens stage by stage, and the rasteriser.
 
-The asset is a furniture-like model made here: an upholstered chair of `FACES` textured triangles, as many as a median
-model of the furniture set has (4,343), or any file given with --asset. The ray caster alone, one bare embree query for
+The asset is a furniture-like model made here, an upholstered chair of about as many triangles as a median model of the
+furniture set has (4,343), or any file given with --asset. The ray caster alone, one bare embree query for
 every pixel of every view, is measured in the same run: it is what the views cost without colours. The rasteriser draws
 50,000 Gaussians of two sorts at 256 x 256, forward and forward + backward, and prints the peak of its memory.
 """
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def chair(folder: Path) -> Path:
-    """A textured chair with rounded cushions as OBJ, MTL and PNG: 4,344 triangles."""
+    """A textured chair with rounded cushions, as OBJ, MTL and PNG."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def chair(folder: Path) -> Path:
     count = 1
     seat, back = ((0.0, 0.5, 0.0), (0.5, 0.12, 0.5)), ((0.0, 1.0, -0.42), (0.5, 0.5, 0.12))
     legs = [((x, 0.2, z), (0.05, 0.22, 0.05)) for x in (-0.4, 0.4) for z in (-0.4, 0.4)]
-    parts = [("cloth", *seat, 32), ("cloth", *back, 32), *(("wood", *leg, 6) for leg in legs)]
+    parts = [("cloth", *seat, 23), ("cloth", *back, 23), *(("wood", *leg, 6) for leg in legs)]
     for material, centre, size, rings in parts:
         lines.append(f"usemtl {material}")
         around = 2 * rings
