@@ -43,9 +43,7 @@ def test_python(workplace: Path, tiny_models: Path) -> None:
     for block in blocks("python"):
         exec(block, names)
     assert isinstance(names["model"], AToken)
-    assert {"photo.atok", "bread.ply", "atoken-soc", "copy.safetensors"} <= {
-        path.name for path in workplace.iterdir()
-    }
+    assert {"photo.atok", "bread.ply", "atoken-soc", "copy.safetensors"} <= {path.name for path in workplace.iterdir()}
     original, copy = (AToken.from_pretrained(path) for path in ("atoken-soc.safetensors", "copy.safetensors"))
     assert copy.dtype == torch.bfloat16
     for name, tensor in copy.state_dict().items():
