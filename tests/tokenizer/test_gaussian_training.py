@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_is_one_line(store: Path, tiny_models: Path, tmp_
 def test_evaluation_beside_flat_voxels(store: Path, tiny_models: Path, tmp_path: Path) -> None:
     asset = read_store(store, "evaluation")[0]
     voxels, _, colours, counts = octants(asset.views("seen"), 8)
-    spheres = evaluation.flat_gaussians(asset, 8)
+    spheres = evaluation.flat_gaussians(asset.views("seen"), 8)
     assert len(spheres) == len(voxels.coordinates)
     mean = (colours * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
     torch.testing.assert_close(spheres.colours, mean)

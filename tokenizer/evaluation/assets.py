@@ -27,6 +27,7 @@ from torch import Tensor
 from tokenizer.api import AToken
 from tokenizer.assets.packing import octants
 from tokenizer.assets.rules import PACKING_RULES, PackingRule
+from tokenizer.assets.views import Views
 from tokenizer.atomic import atomic_path
 from tokenizer.cameras import Cameras
 from tokenizer.errors import InputError
@@ -57,9 +58,9 @@ class Figures:
     gaussians: int
 
 
-def flat_gaussians(asset: StoredAsset, resolution: int) -> Gaussians:
-    """One opaque sphere for each voxel, of the mean colour that the seen views show in it; as wide as the voxel."""
-    voxels, _, colours, counts = octants(asset.views("seen"), resolution)
+def flat_gaussians(views: Views, resolution: int) -> Gaussians:
+    """One opaque sphere for each voxel, of the mean colour that the views show in it; as wide as the voxel."""
+    voxels, _, colours, counts = octants(views, resolution)
     mean = (colours * counts[..., None]).sum(dim=1) / counts.sum(dim=1, keepdim=True)
     count = len(mean)
     return Gaussians(
@@ -70,6 +71,15 @@ def flat_gaussians(asset: StoredAsset, resolution: int) -> Gaussians:
         opacity_logits=torch.full((count, 1), OPAQUE_LOGIT),
         lengths=torch.tensor([count]),
     )
+
+
+def flat_psnr(seen: Views, cameras: Cameras, wanted: Tensor, resolution: int) -> dict[float, float]:
+    """PSNR in dB of flat spheres of each of `SIZES`."""
+    spheres, found = flat_gaussians(seen, resolution), {}
+    for size in SIZES:
+        sized = replace(spheres, scales=torch.full_like(spheres.scales, size / resolution))
+        found[size] = mean_psnr(draw(sized, cameras, wanted.shape[1]), wanted)
+    return found
 
 
 def draw(gaussians: Gaussians, cameras: Cameras, size: int) -> Tensor:
@@ -98,12 +108,7 @@ def measure(
     unseen = asset.views("unseen")
     wanted = (unseen.composited() * 255).round() / 255
     drawn = draw(gaussians, unseen.cameras, unseen.size).cpu()
-    flat = {}
-    if baseline is not None:
-        spheres = flat_gaussians(asset, baseline)
-        for size in SIZES:
-            sized = replace(spheres, scales=torch.full_like(spheres.scales, size / baseline))
-            flat[size] = mean_psnr(draw(sized, unseen.cameras, unseen.size), wanted)
+    flat = {} if baseline is None else flat_psnr(asset.views("seen"), unseen.cameras, wanted, baseline)
     pairs = zip(_uint8(wanted), _uint8(drawn), strict=True)
     likeness = float(np.mean([ssim(original, copy) for original, copy in pairs]))
     sheet = torch.stack([wanted, drawn]).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
