@@ -66,7 +66,8 @@ def test_streams_go_on_wherever_they_were_cut(
 ) -> None:
     whole = packer(buffer, oversized)
     expected = list(whole.batches(numbered(sizes)))
-    packing, batches = packer(buffer, oversized), []
+    packing = packer(buffer, oversized)
+    batches: list[list[Numbered]] = []
     for cut in cuts:
         batches += itertools.islice(packing.batches(numbered(sizes)[packing.replay_from :]), cut)
         state = json.loads(json.dumps(packing.state_dict()))
