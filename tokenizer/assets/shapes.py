@@ -99,13 +99,13 @@ def to_mesh(shape: Shape, name: str) -> Mesh:
     used, faces = np.unique(shape.faces[kept], return_inverse=True)
     uv = None if shape.uv is None else shape.uv[kept]
     face_skins, skins, uv = _texture_coordinates(shape.face_skins[kept], shape.skins, uv)
-    used_skins, face_materials = np.unique(face_skins, return_inverse=True)
+    materials, face_materials = _used_materials(face_skins, skins)
     colours = None if shape.colours is None else shape.colours[kept]
     return Mesh(
         vertices=np.ascontiguousarray(shape.vertices[used], dtype=np.float64),
         faces=faces.reshape(-1, 3).astype(np.int64),
-        face_materials=face_materials.reshape(-1).astype(np.int64),
-        materials=tuple(skins[number].material for number in used_skins),
+        face_materials=face_materials,
+        materials=materials,
         uv=None if uv is None else uv.astype(np.float32),
         colours=None if colours is None else np.clip(np.nan_to_num(colours, nan=1.0), 0, 1).astype(np.float32),
     )
@@ -149,6 +149,18 @@ def _texture_coordinates(
             rows = face_skins == number
             uv[rows] = uv[rows] @ skin.uv_matrix[:, :2].T + skin.uv_matrix[:, 2]
     return face_skins, skins + plain, uv
+
+
+def _used_materials(
+    face_skins: NDArray[np.int64], skins: tuple[Skin, ...]
+) -> tuple[tuple[Material, ...], NDArray[np.int64]]:
+    """The materials that triangles have, each once, and their rows for the triangles."""
+    used, rows = np.unique(face_skins, return_inverse=True)
+    # Names that a file does not define all stand for the same material.
+    numbers: dict[int, int] = {}
+    merged = np.array([numbers.setdefault(id(skins[number].material), len(numbers)) for number in used])
+    by_id = {id(skin.material): skin.material for skin in skins}
+    return tuple(by_id[number] for number in numbers), merged[rows.reshape(-1)].astype(np.int64)
 
 
 def _plain(material: Material) -> Material:
