@@ -179,15 +179,15 @@ def test_reconstruct_shows_the_original_beside(atoken: Atoken, box: Path) -> Non
     outcome = atoken("reconstruct", box, "--out", "copy.ply", "--discrete", "--json")
     assert outcome.status == 0, outcome.err
     (result,) = outcome.json["results"]
-    assert result["files"] == ["copy.ply", "copy.png", "copy.mp4"]
+    assert result["files"] == ["copy.ply", "copy-sheet.png", "copy-turntable.mp4"]
     assert result["bits"] == 96 * result["tokens"]
     assert result["views"] == "unseen"
     assert 0 < result["psnr"] < 60
-    sheet = load_image("copy.png")
+    sheet = load_image("copy-sheet.png")
     assert sheet.shape == (512, 8 * 256, 3)
     orange = (np.abs(sheet[:256].astype(int) - [230, 128, 26]) < 60).all(axis=-1)
     assert orange.any()
-    clip = VideoReader("copy.mp4")
+    clip = VideoReader("copy-turntable.mp4")
     assert (clip.height, clip.width) == (256, 512)
 
 

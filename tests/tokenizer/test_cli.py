@@ -325,7 +325,7 @@ class TestHelp:
         assert sorted(named) == files_below(tmp_path / "somewhere")
         assert VideoReader("somewhere/bunny-side-by-side.mp4").num_frames == 36
         assert load_image("somewhere/coffee-side-by-side.png").shape == (256, 768, 3)
-        assert VideoReader("somewhere/bread-side-by-side.mp4").num_frames == 24
+        assert VideoReader("somewhere/bread-side-by-side-turntable.mp4").num_frames == 24
         assert len(read_ply("somewhere/bread-side-by-side.ply")) > 100
 
     def test_without_arguments(self, atoken: Atoken) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tokenizer.checkpoints import bundled_models
 from tokenizer.config import config_to_dict, load_config, parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.model.config import CONFIGS, NANO, ATokenConfig, FSQConfig
 from tokenizer.training.config import TrainConfig
+from tokenizer.training.gaussian_trainer import GaussianTrainConfig
 
 ROOT = Path(__file__).parents[2]
 RUN = {"model": "nano", "name": "x", "steps": 5}
@@ -36,6 +38,11 @@ def test_named_configurations_survive_a_file(tmp_path: Path, name: str, ending: 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_runs_in_the_repository_can_be_read(path: Path) -> None:
+    if "gaussians" in path.stem:
+        decoder = load_config(GaussianTrainConfig, path)
+        assert decoder.model in bundled_models()
+        assert parse_config(GaussianTrainConfig, config_to_dict(decoder), "again") == decoder
+        return
     config = load_config(TrainConfig, path)
     assert config.model in CONFIGS
     assert parse_config(TrainConfig, config_to_dict(config), "again") == config

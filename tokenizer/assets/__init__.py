@@ -1,1 +1,1 @@
-"""Files of 3D assets -> meshes -> views -> voxels. Knows nothing of models; loads trimesh and embree when needed."""
+"""Files of 3D assets -> meshes -> views -> voxels. Knows nothing of models; loads embree when it casts rays."""

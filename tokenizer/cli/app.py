@@ -230,8 +230,9 @@ def reconstruct(
     Prints tokens, bits per pixel (the latents as stored, or 96 bits a token for 8 codebooks of 4096; per pixel of
     every frame), PSNR in dB and SSIM on 8-bit RGB, and seconds.
 
-    A 3D asset becomes three files of one name: Gaussians (.ply), a turntable clip (.mp4) and a contact sheet (.png),
-    the latter two with the original beside them. Its figures are of eight views that the model has not seen, on black.
+    A 3D asset becomes three files: Gaussians (NAME.ply), a contact sheet (NAME-sheet.png) and a turntable clip
+    (NAME-turntable.mp4), the latter two with the original beside them. Its figures are of eight views that the model
+    has not seen, on black.
 
     \b
     Examples:

@@ -34,6 +34,8 @@ from tokenizer.tokenfile import TokenFile, TokenReader
 from tokenizer.voxels import AssetSize
 
 PLY = ".ply"
+ENDINGS = {"gaussians": PLY, "sheet": "-sheet.png", "turntable": "-turntable.mp4"}
+"""What a reconstruction is written to, after its name."""
 SIZE = 256
 SHEET_VIEWS, SHEET_PHASE = 8, 1.0
 """Views that reconstructions are measured on, and the turn of their cameras: others than the model has seen."""
@@ -52,8 +54,8 @@ def is_asset_input(path: Path) -> bool:
 
 
 def find_inputs(folder: Path) -> list[Path]:
-    """Pictures, videos and assets below `folder`, sorted. A folder of views is one asset, and pictures beside or below
-    a mesh that keeps its textures outside (.obj, .gltf) are taken for these and left out.
+    """Pictures, videos and assets below `folder`, sorted. A folder of views is one asset. Left out are pictures beside
+    or below a mesh that keeps its textures outside (.obj, .gltf), as they are these, and .ply files of Gaussians.
 
     Raises:
         InputError: there is nothing.
@@ -67,7 +69,7 @@ def find_inputs(folder: Path) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    assets = [path for path in shown if is_asset_input(path)]
+    assets = [path for path in shown if is_asset_input(path) and not _holds_gaussians(path)]
     owned = [path.parent for path in assets if path.suffix.lower() in (".obj", ".gltf") or not is_asset(path)]
     try:
         media = find_media(folder)
@@ -77,6 +79,14 @@ def find_inputs(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"{folder}: no pictures, videos or 3D assets ({', '.join(ASSET_ENDINGS)}) in it")
     return sorted(found)
+
+
+def _holds_gaussians(path: Path) -> bool:
+    """Whether a file is what `decode` writes, rather than a mesh."""
+    if path.suffix.lower() != PLY:
+        return False
+    with path.open("rb") as file:
+        return b" f_dc_0" in file.read(4096)
 
 
 class AssetCodec:
@@ -112,7 +122,7 @@ class AssetCodec:
         return {"out": str(target), "kind": "asset", "tokens": reader.num_tokens, "gaussians": len(gaussians)}
 
     def reconstruct(self, job: Job, progress: ProgressBars) -> Result:
-        """A mesh or views -> Gaussians (.ply), a contact sheet (.png), a turntable clip (.mp4), and the figures.
+        """A mesh or views -> Gaussians, a contact sheet and a turntable clip (`ENDINGS`), and the figures.
 
         Originals stand above or to the left of reconstructions. Figures are of views that the model has not seen,
         where they can be had: views alone are compared with themselves, and turn without an original beside them.
@@ -121,7 +131,7 @@ class AssetCodec:
             raise InputError(f"{job.target}: the reconstruction of a 3D asset is a {PLY} file; its clip and contact "
                              "sheet get the same name")  # fmt: skip
         base = job.target if job.needs_ending else job.target.with_suffix("")
-        files = {ending: base.with_name(base.name + ending) for ending in (PLY, ".png", ".mp4")}
+        files = {what: base.with_name(base.name + ending) for what, ending in ENDINGS.items()}
         for file in files.values():
             refuse_own_source(job, file)
         asset = _source(job.source)
@@ -130,12 +140,12 @@ class AssetCodec:
         meter = ReconstructionMeter()
         progress.start_frames(f"{job.source.name}, drawing", SHEET_VIEWS + TURN_FRAMES)
         sheet = self._sheet(asset, gaussians, meter, progress)
-        write_ply(gaussians, files[PLY])
-        save_image(sheet, files[".png"])
-        self._turn(asset, gaussians, files[".mp4"], progress)
+        write_ply(gaussians, files["gaussians"])
+        save_image(sheet, files["sheet"])
+        self._turn(asset, gaussians, files["turntable"], progress)
         assert isinstance(encoding.size, AssetSize)
         return {
-            "out": str(files[PLY]),
+            "out": str(files["gaussians"]),
             "files": [str(file) for file in files.values()],
             "kind": "asset",
             "tokens": encoding.tokens.num_tokens,
