@@ -341,5 +341,8 @@ class AToken(ATokenNetwork):
 
 def _float_pixels(pixels: Pixels | Tensor) -> Tensor:
     """uint8 arrays become floats in [-1, 1]; float tensors must be in that range already (checked when patched)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
+    if isinstance(pixels, np.ndarray):
+        # Torch takes no negative strides, and warns of arrays that only read, such as those of PIL images.
+        pixels = np.require(pixels, requirements=("C", "W"))
+    tensor = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
     return uint8_to_float(tensor) if tensor.dtype == torch.uint8 else tensor

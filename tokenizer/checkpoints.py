@@ -239,8 +239,11 @@ def fill(
     """Build `kind(config)` on the meta device and give it copies of `tensors`, under our names or released ones.
 
     Raises:
-        InputError: listing missing, extra and mis-shaped keys, a few of each; or weights that are no floats.
+        InputError: listing missing, extra and mis-shaped keys, a few of each; or weights that are no floats, or shall
+            be none.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"weights are floats and cannot be {str(dtype).removeprefix('torch.')}; use torch.bfloat16")
     with torch.device("meta"):
         network = kind(config)
     file = tensors if isinstance(tensors, FileTensors) else None

@@ -109,6 +109,13 @@ def test_precision_changes_on_the_way_out_or_in(tmp_path: Path, dtype: torch.dty
     assert model.dtype == torch.float32
 
 
+def test_weights_cannot_be_integers(tmp_path: Path) -> None:
+    random_model(CONFIGS["piecewise"]).save_pretrained(tmp_path)
+    assert refused(lambda: AToken.from_pretrained(tmp_path, dtype=torch.int8)) == (
+        "weights are floats and cannot be int8; use torch.bfloat16"
+    )
+
+
 def test_a_loaded_model_is_independent_of_its_file(tmp_path: Path) -> None:
     model = random_model(CONFIGS["continuous"])
     model.save_pretrained(tmp_path)
