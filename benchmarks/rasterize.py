@@ -3,6 +3,8 @@
 "small" is what voxels decode to: Gaussians of 0.004 to 0.01 on the surface of a ball that fills the picture. "random"
 has Gaussians all through the cube from 0.002 to 0.2, uniform in the logarithm. Opacities are uniform in both.
 
+On a machine that does other work at the same time, set OMP_WAIT_POLICY=passive for more than one thread.
+
 `python -m benchmarks.rasterize` measures this alone; `benchmarks.assets` takes `measure_rasterizer` from here.
 """
 

@@ -17,6 +17,9 @@ pixels times Gaussians.
 The backward pass goes front to back, too: what lies behind a layer is the finished picture less what lies before, so
 it needs no more than the forward pass: transmittance and remaining light of each pixel.
 
+Threads. The steps are many and short. On cores that have other work too, OpenMP threads that spin while they wait for
+each other make it many times slower; with OMP_WAIT_POLICY=passive in the environment, or one thread, they do not.
+
 Rules, as is customary (Kerbl et al. 2023, appendix C): alpha is at most `MAX_ALPHA`, nothing is drawn where it is not
 above `MIN_ALPHA`, and a pixel is finished before the Gaussian that would bring its transmittance to
 `MIN_TRANSMITTANCE`. Where alpha is cut or clamped it has no gradient.
