@@ -2,7 +2,8 @@
 
 Read in this order: `config` (sizes), `windows` (which voxels attend to each other), `decoder` (the network),
 `attributes` (what a Gaussian is, and how the output becomes some), `ply` and `plytable` (files), `edit` (merge,
-transform, crop), `released` (released configuration keys and weight names).
+transform, crop), `rasterize` (pictures of Gaussians; `projection` and `tiles`, then `rasterize_torch` or
+`rasterize_gsplat`), `released` (released configuration keys and weight names), `checkpoints` (files of decoders).
 """
 
 from __future__ import annotations
