@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 from torch import Tensor
 
 from tokenizer.api import AToken
@@ -36,6 +36,7 @@ from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxe
 from tokenizer.training.config import OptimizerConfig
 from tokenizer.training.gaussian_start import start_from_octants
 from tokenizer.training.optimizer import MovingAverage, make_optimizers, rate_factor, set_rates
+from tokenizer.training.progress import training_progress
 from tokenizer.training.state import load_state, save_state
 from tokenizer.training.trainer import LOG_FILE, MAX_BAD_STEPS, forget_log_after
 
@@ -126,7 +127,7 @@ class GaussianTrainer:
         if step == 0:
             self._start()
             self._log({"step": 0, "psnr": self._validate()})
-        with self._progress() as bar:
+        with training_progress(Console(stderr=True)) as bar:
             task = bar.add_task(self.config.name, total=self.config.steps, completed=step, note="")
             while step < self.config.steps:
                 record = self._step(step)
@@ -229,15 +230,6 @@ class GaussianTrainer:
     def _log(self, record: dict[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-    def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def fit_start(decoder: GaussianDecoder, model: AToken, assets: Sequence[StoredAsset], cache: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tokenizer.atomic import atomic_path
 from tokenizer.config import config_to_dict
@@ -19,6 +18,7 @@ from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.training.config import TrainConfig
 from tokenizer.training.objective import Objective, psnr_by_kind
 from tokenizer.training.optimizer import MovingAverage, make_optimizers, rate_factor, set_rates
+from tokenizer.training.progress import training_progress
 from tokenizer.training.state import load_state, save_state
 from tokenizer.training.store import TrainingStore
 
@@ -74,7 +74,7 @@ class Trainer:
         forget_log_after(self.folder / LOG_FILE, step)
         if step == 0:
             self._log({"step": 0, **self._validate()})
-        with self._progress() as bar:
+        with training_progress(self.console) as bar:
             task = bar.add_task(self.config.name, total=self.config.steps, completed=step, note="")
             while step < self.config.steps:
                 record = self._step(step)
@@ -145,15 +145,6 @@ class Trainer:
     def _log(self, record: dict[str, Any]) -> None:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-    def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
 
 
 def forget_log_after(path: Path, step: int) -> None:
