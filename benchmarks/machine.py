@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,22 +25,35 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The fastest of `repeats` timed calls after one that is not timed; waits for the device."""
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
+    return seconds_in_turns([call], device, repeats)[0]
+
+
+def seconds_in_turns(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """`seconds` of several calls that take turns, so that what neighbours do to a shared machine falls on all alike.
+
+    Only so are the quotients of their times worth comparing: measured one after the other, two calls that do the same
+    work differed by a fifth.
+    """
+    for call in calls:
         call()
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
+    best = [float("inf")] * len(calls)
+    for _ in range(repeats):
+        for number, call in enumerate(calls):
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            best[number] = min(best[number], time.perf_counter() - start)
     return best
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int, size: int | None = None) -> float:
-    """FLOP/s of the product of two square matrices, 2048 wide on a CPU and 8192 on a GPU.
+def matrix_products(
+    device: torch.device, dtype: torch.dtype, size: int | None = None
+) -> tuple[Callable[[], object], float]:
+    """Products of two square matrices, 2048 wide on a CPU and 8192 on a GPU: a call of about a second, and its FLOP.
 
-    Each timed sample lasts about a second, as long as a call of a large network: on a shared machine a single short
-    product would find a quiet moment that no long computation finds.
+    As long as a call of a large network: on a shared machine a single short product would find a quiet moment that no
+    long computation finds.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(dtype)
@@ -51,7 +64,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int, size: in
         for _ in range(count):
             torch.mm(a, b)
 
-    return 2 * size**3 * count / seconds(products, device, repeats)
+    return products, 2.0 * size**3 * count
 
 
 def _wait(device: torch.device) -> None:

@@ -1,16 +1,18 @@
 """`python -m benchmarks.tokenizer`: encode and decode rate of an so400m-sized network beside the matrix-product rate.
 
 Weights are random; images are 256 x 256 (256 tokens each). Rates count the multiply-adds of linear layers, position
-tables and attention as two operations each, and are divided by the rate of one large matrix product measured in the
-same process, before and after each case (the faster counts). The mixed batch holds as many tokens as the equal one, in
-pictures of different shapes.
+tables and attention as two operations each, and are divided by the rate of a large matrix product measured in the same
+process: all cases of a direction and the product take turns, and the fastest time of each counts. The mixed batch holds
+as many tokens as a batch of 4 pictures, in pictures of different shapes; "beside batch 4" compares their time a token.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.machine import describe, matrix_rate, seconds
+from benchmarks.machine import describe, matrix_products, seconds_in_turns
 from tokenizer.atomic import atomic_path
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.attention import attention_backend
@@ -41,6 +43,11 @@ class Case:
     name: str
     grids: list[tuple[int, int]]
 
+    @property
+    def count(self) -> int:
+        """Tokens of the batch."""
+        return sum(rows * columns for rows, columns in self.grids)
+
     def tokens(self, channels: int, dtype: torch.dtype, device: torch.device) -> SparseTokens:
         parts = []
         generator = torch.Generator().manual_seed(0)
@@ -60,42 +67,51 @@ def flops(config: TransformerConfig, linears: nn.Module, lengths: list[int]) -> 
     return 2.0 * tokens * (weights + table) + attention
 
 
-def measure(network: ATokenNetwork, case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Encode and decode one case; one record each."""
+def measure(network: ATokenNetwork, cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+    """Encode and decode each case; one record each."""
     config, device, dtype = network.config, network.device, network.dtype
-    lengths = [rows * columns for rows, columns in case.grids]
-    assert network.decoder is not None
-    assert config.decoder is not None
+    decoder, decoder_config = network.decoder, config.decoder
+    assert decoder is not None
+    assert decoder_config is not None
     # Query, output and MLP of the pool run once an item, not once a token; they are left out of the count.
     once = sum(p.numel() for p in network.encoder.pool.parameters()) - network.encoder.pool.key_value.weight.numel()
-    jobs = {
-        "encode": (
-            case.tokens(config.patch_features, dtype, device),
+    directions: list[tuple[str, Callable[[SparseTokens], object], int, Callable[[list[int]], float]]] = [
+        (
+            "encode",
             network.encode,
-            flops(config.encoder, network.encoder, lengths) - 2.0 * sum(lengths) * once,
+            config.patch_features,
+            lambda lengths: flops(config.encoder, network.encoder, lengths) - 2.0 * sum(lengths) * once,
         ),
-        "decode": (
-            case.tokens(config.latent_channels, dtype, device),
+        (
+            "decode",
             network.decode,
-            flops(config.decoder, network.decoder, lengths),
+            config.latent_channels,
+            lambda lengths: flops(decoder_config, decoder, lengths),
         ),
-    }
+    ]
     records = []
-    with torch.no_grad():
-        for name, (tokens, call, work) in jobs.items():
-            before = matrix_rate(device, dtype, repeats)
-            taken = seconds(lambda call=call, tokens=tokens: call(tokens), device, repeats)  # type: ignore[misc]
-            ceiling = max(before, matrix_rate(device, dtype, repeats))
+    products, product_work = matrix_products(device, dtype)
+    for direction, call, channels, work_of in directions:
+        batches = [case.tokens(channels, dtype, device) for case in cases]
+        with torch.no_grad():
+            product_time, *times = seconds_in_turns(
+                [products, *(functools.partial(call, tokens) for tokens in batches)], device, repeats
+            )
+        rate = product_work / product_time
+        a_token = {case.name: taken / case.count for case, taken in zip(cases, times, strict=True)}
+        for case, taken in zip(cases, times, strict=True):
+            work = work_of([rows * columns for rows, columns in case.grids])
             records.append(
                 {
                     "case": case.name,
-                    "direction": name,
-                    "tokens": sum(lengths),
+                    "direction": direction,
+                    "tokens": case.count,
                     "seconds": taken,
-                    "microseconds a token": taken / sum(lengths) * 1e6,
+                    "microseconds a token": a_token[case.name] * 1e6,
+                    "beside batch 4": a_token[case.name] / a_token["batch 4"] if "batch 4" in a_token else None,
                     "GFLOP/s": work / taken / 1e9,
-                    "matrix GFLOP/s": ceiling / 1e9,
-                    "ratio": work / taken / ceiling,
+                    "matrix GFLOP/s": rate / 1e9,
+                    "ratio": work / taken / rate,
                 }
             )
     return records
@@ -127,9 +143,8 @@ def main(arguments: list[str]) -> int:
         network.reset_parameters(torch.Generator(device=device).manual_seed(0))
         network = network.to(DTYPES[name]).eval()
         report[f"attention {name}"] = attention_backend(device, DTYPES[name])
-        for case in cases(batches):
-            report["records"] += [{"dtype": name, **record} for record in measure(network, case, options.repeats)]
-            console.print(f"[dim]{name} {case.name} done[/dim]")
+        report["records"] += [{"dtype": name, **record} for record in measure(network, cases(batches), options.repeats)]
+        console.print(f"[dim]{name} done[/dim]")
         del network
     console.print(_table(report))
     if options.out:
@@ -149,6 +164,7 @@ def _table(report: dict[str, Any]) -> Table:
         "tokens",
         "seconds",
         "µs a token",
+        "beside batch 4",
         "GFLOP/s",
         "matrix GFLOP/s",
         "ratio",
@@ -162,6 +178,7 @@ def _table(report: dict[str, Any]) -> Table:
             str(record["tokens"]),
             f"{record['seconds']:.3f}",
             f"{record['microseconds a token']:.1f}",
+            "" if record["beside batch 4"] is None else f"{record['beside batch 4']:.2f}",
             f"{record['GFLOP/s']:.0f}",
             f"{record['matrix GFLOP/s']:.0f}",
             f"{record['ratio']:.2f}",
