@@ -47,18 +47,16 @@ def seconds_in_turns(calls: Sequence[Callable[[], object]], device: torch.device
     return best
 
 
-def matrix_products(
-    device: torch.device, dtype: torch.dtype, size: int | None = None
-) -> tuple[Callable[[], object], float]:
-    """Products of two square matrices, 2048 wide on a CPU and 8192 on a GPU: a call of about a second, and its FLOP.
+def matrix_products(device: torch.device, dtype: torch.dtype, work: float) -> tuple[Callable[[], object], float]:
+    """Products of two square matrices, 2048 wide on a CPU and 8192 on a GPU: a call of about `work` FLOP, and its FLOP.
 
-    As long as a call of a large network: on a shared machine a single short product would find a quiet moment that no
+    Give it the work of the call it is compared with: on a shared machine a short product finds a quiet moment that no
     long computation finds.
     """
-    size = size or (8192 if device.type == "cuda" else 2048)
+    size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    count = max(1, round(1.0 / seconds(lambda: a @ b, device, 1)))
+    count = max(1, round(work / (2 * size**3)))
 
     def products() -> None:
         for _ in range(count):

@@ -2,7 +2,7 @@
 
 Weights are random; images are 256 x 256 (256 tokens each). Rates count the multiply-adds of linear layers, position
 tables and attention as two operations each, and are divided by the rate of a large matrix product measured in the same
-process: all cases of a direction and the product take turns, and the fastest time of each counts. The mixed batch holds
+process: all cases of a direction and as much work of matrix products take turns, and the fastest time of each counts. The mixed batch holds
 as many tokens as a batch of 4 pictures, in pictures of different shapes; "beside batch 4" compares their time a token.
 """
 
@@ -90,17 +90,17 @@ def measure(network: ATokenNetwork, cases: list[Case], repeats: int) -> list[dic
         ),
     ]
     records = []
-    products, product_work = matrix_products(device, dtype)
     for direction, call, channels, work_of in directions:
         batches = [case.tokens(channels, dtype, device) for case in cases]
+        works = [work_of([rows * columns for rows, columns in case.grids]) for case in cases]
+        products, product_work = matrix_products(device, dtype, max(works))
         with torch.no_grad():
             product_time, *times = seconds_in_turns(
                 [products, *(functools.partial(call, tokens) for tokens in batches)], device, repeats
             )
         rate = product_work / product_time
         a_token = {case.name: taken / case.count for case, taken in zip(cases, times, strict=True)}
-        for case, taken in zip(cases, times, strict=True):
-            work = work_of([rows * columns for rows, columns in case.grids])
+        for case, taken, work in zip(cases, times, works, strict=True):
             records.append(
                 {
                     "case": case.name,
