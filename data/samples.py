@@ -127,7 +127,7 @@ class Item:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Broken(InputError):
+class SampleError(InputError):
     """A sample or shard cannot be read: left out and counted, where it is one of many.
 
     cause: one of a few phrases, under which it is counted ("damaged picture", "truncated shard").
@@ -137,15 +137,15 @@ class Broken(InputError):
         super().__init__(detail)
         self.cause = cause
 
-    def __reduce__(self) -> tuple[type[Broken], tuple[str, str]]:
-        return Broken, (self.cause, str(self))  # exceptions travel between processes by their first argument only
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return SampleError, (self.cause, str(self))  # exceptions travel between processes by their first argument only
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Why one sample, or the rest of a shard, was left out.
 
-    cause: as `Broken.cause`.
+    cause: as `SampleError.cause`.
     shard: URL of the tar.
     index: number of the sample in the tar; of the first one where it concerns several.
     detail: one line for people: what, where.
