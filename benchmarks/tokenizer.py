@@ -2,8 +2,9 @@
 
 Weights are random; images are 256 x 256 (256 tokens each). Rates count the multiply-adds of linear layers, position
 tables and attention as two operations each, and are divided by the rate of a large matrix product measured in the same
-process: all cases of a direction and as much work of matrix products take turns, and the fastest time of each counts. The mixed batch holds
-as many tokens as a batch of 4 pictures, in pictures of different shapes; "beside batch 4" compares their time a token.
+process: all cases of a direction and as much work of matrix products take turns, and the fastest time of each counts.
+The mixed batch holds as many tokens as a batch of 4 pictures, in pictures of different shapes; "beside batch 4"
+compares their time a token.
 """
 
 from __future__ import annotations
