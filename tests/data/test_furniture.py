@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.sources import furniture
-from data.sources.packages import Package
+from data.sources.packages import FURNITURE, Package
 from tokenizer.errors import InputError
 from tokenizer.training.asset_store import read_store
 
@@ -37,7 +37,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(path, "w") as contents:
         contents.writestr("PluginFurnitureCatalog.properties", CATALOGUE)
         contents.writestr("things/board/board.obj", BOARD)
-    monkeypatch.setattr(Package, "files", lambda self: [path] if self is furniture.FURNITURE else None)
+    monkeypatch.setattr(Package, "files", lambda self: [path] if self is FURNITURE else None)
     monkeypatch.setattr(furniture, "SIZE", 24)
     return path
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data.sources import nano
 from data.sources.camera import FRAMES, SIDE, camera_clip
-from data.sources.packages import Package, missing_packages
+from data.sources.packages import EVALUATION_ONLY, Package, missing_packages
 from tokenizer.errors import InputError
 
 
@@ -92,13 +92,13 @@ def test_layout_sizes_and_reasons(tmp_path: Path) -> None:
 
 
 def test_evaluation_files_never_enter(packages: Path, tmp_path: Path) -> None:
-    for name in nano.EVALUATION_ONLY - {"bikes.mp4"}:
+    for name in EVALUATION_ONLY - {"bikes.mp4"}:
         _picture(packages / "pictures/nature" / name, (300, 300))
         _picture(packages / "stamps/animals" / name, (80, 80))
     _build(tmp_path / "store")
     manifest = json.loads((tmp_path / "store/manifest.json").read_text())
     used = {Path(name).name for entry in manifest["arrays"] for name in np.atleast_1d(entry["file"])}
-    assert not used & nano.EVALUATION_ONLY
+    assert not used & EVALUATION_ONLY
     assert manifest["arrays"]
 
 
