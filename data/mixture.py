@@ -119,7 +119,7 @@ class Source:
 
 
 class Mixture:
-    """Which sources feed each training step.
+    """Which tasks make up each training step, and which source gives each sample of a task.
 
     Each task's count is within one of its share of the steps, and each source's within one of its share of its task.
 
@@ -148,18 +148,24 @@ class Mixture:
             for task in dict.fromkeys((*every_step, *ratios))
         }
 
-    def step(self) -> list[Source]:
-        """The sources of the next step: one for each task of every step, then one of the task whose turn it is."""
-        tasks = (*self._every_step, Task(self._tasks.draw()))
-        return [self.sources[self._within[task].draw()] for task in tasks]
+    def step(self) -> tuple[Task, ...]:
+        """The tasks of the next step: those of every step, then the one whose turn it is."""
+        return (*self._every_step, Task(self._tasks.draw()))
+
+    def draw(self, task: Task) -> Source:
+        """The source of the next sample for a task."""
+        return self.sources[self._within[task].draw()]
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, ready for JSON."""
         within = {str(task): robin.state_dict() for task, robin in self._within.items()}
         return {"tasks": self._tasks.state_dict(), "within": within}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, steps_only: bool = False) -> None:
         """Go on exactly where `state` was taken.
+
+        Args:
+            steps_only: take over whose turn it is, and draw sources anew.
 
         Raises:
             InputError: the state is of a mixture with other tasks, sources, sizes or weights.
@@ -169,7 +175,7 @@ class Mixture:
                 f"the saved mixture has the tasks {sorted(state['within'])}, this one {sorted(self._within)}"
             )
         self._tasks.load_state_dict(state["tasks"])
-        for task, robin in self._within.items():
+        for task, robin in self._within.items() if not steps_only else ():
             robin.load_state_dict(state["within"][str(task)])
 
 

@@ -109,6 +109,30 @@ class Packer(Generic[Sample]):
         """How many samples of the source to pass over before giving it to `batches`; 0 for a new packer."""
         return next(iter(self._waiting), self._taken)
 
+    @property
+    def waiting(self) -> Mapping[int, Sample]:
+        """Samples that are in no batch yet, by their place in the source, oldest first."""
+        return self._samples
+
+    @property
+    def places(self) -> list[int]:
+        """Places in the source of the samples that wait; also after loading a state, when they are still to be read."""
+        return list(self._waiting)
+
+    def restore(self, samples: Mapping[int, Sample]) -> None:
+        """Give a packer whose state was loaded the samples that waited, instead of a source that starts with them.
+
+        Args:
+            samples: by their place in the source. Those that are missing have been lost and are forgotten.
+
+        Raises:
+            InputError: a sample that has another number of tokens than it had.
+        """
+        self._waiting = {place: tokens for place, tokens in self._waiting.items() if place in samples}
+        for place, tokens in self._waiting.items():
+            self._check_size(place, self._size(samples[place]), tokens)
+        self._samples = {place: samples[place] for place in self._waiting}
+
     def batches(self, source: Iterable[Sample]) -> Iterator[list[Sample]]:
         """The batches, each in the order of the source, until the source ends and nothing waits.
 
@@ -123,7 +147,8 @@ class Packer(Generic[Sample]):
                 source that is not the one of before.
         """
         stream = iter(source)
-        self._replay(stream)
+        if len(self._samples) < len(self._waiting):
+            self._replay(stream)
         ended = False
         while True:
             ended = ended or not self._fill(stream)
@@ -181,12 +206,15 @@ class Packer(Generic[Sample]):
                 ) from None
             if place not in self._waiting:
                 continue
-            if (tokens := self._size(sample)) != self._waiting[place]:
-                raise InputError(
-                    f"sample {place} of the source has {tokens} tokens, but had {self._waiting[place]} when the state "
-                    "was saved: resume on the same shards with the same seed, from sample `replay_from` on"
-                )
+            self._check_size(place, self._size(sample), self._waiting[place])
             self._samples[place] = sample
+
+    def _check_size(self, place: int, tokens: int, before: int) -> None:
+        if tokens != before:
+            raise InputError(
+                f"sample {place} of the source has {tokens} tokens, but had {before} when the state was saved: "
+                "resume on the same shards with the same seed"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, ready for JSON; a few numbers for each waiting sample."""

@@ -1,0 +1,127 @@
+"""Reading and decoding the chunks of a source: what a worker process does, and the main process where there are none.
+
+A chunk is part of a window, and a window is read from its tar at once, from front to back. The tar stays open for the
+next chunk of the same lane. What cannot be read or decoded becomes a `Fault` in its place, so that the number of
+outcomes never changes. A tar that could not be opened, or turned out to end early, is not tried again in the same
+epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from data.samples import Fault, Item, Raw, SampleError
+from data.shards.manifest import Shard
+from data.shards.reader import read_shard
+from data.stream import Chunk, Reading
+
+Outcome = Item | Fault
+
+Decode = Callable[[Raw, int], Item]
+"""A sample and its epoch -> what is trained on; raises `SampleError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything needed to work on the chunks of a source; travels to every worker.
+
+    shards: of its set, in their order.
+    decode: picklable.
+    seed: of the run.
+    """
+
+    shards: tuple[Shard, ...]
+    reading: Reading
+    decode: Decode
+    seed: int
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What a lane has open."""
+
+    epoch: int
+    shard: int
+    reader: Iterator[Raw]
+    next_index: int
+    window: int = -1
+    order: list[int] = field(default_factory=list)
+    samples: dict[int, Raw] = field(default_factory=dict)
+    failure: SampleError | None = None
+
+
+class SourceReader:
+    """Works on the chunks of one source; in any order, but fast only for chunks of a lane that follow each other."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._lanes: dict[int, _Lane] = {}
+
+    def outcomes(self, chunk: Chunk, skip: int = 0) -> Iterator[Outcome]:
+        """One outcome for each place of the chunk, but for the first `skip`; decoded one at a time."""
+        lane = self._window(chunk)
+        first = lane.window * self._job.reading.window
+        for place in range(chunk.start + skip, chunk.stop):
+            yield self._outcome(chunk, lane, lane.order[place - first])
+        if chunk.stop == first + len(lane.order):
+            lane.samples = {}
+
+    def close(self) -> None:
+        """Close every tar."""
+        for lane in self._lanes.values():
+            _close(lane.reader)
+        self._lanes.clear()
+
+    def _outcome(self, chunk: Chunk, lane: _Lane, index: int) -> Outcome:
+        url = self._job.shards[chunk.shard].url
+        raw = lane.samples.get(index)
+        if raw is None:
+            failure = lane.failure or SampleError("truncated shard", f"{url}: has no sample {index}")
+            return Fault(failure.cause, url, index, str(failure))
+        try:
+            return self._job.decode(raw, chunk.epoch)
+        except SampleError as error:
+            return Fault(error.cause, url, index, str(error), key=raw.key)
+        except MemoryError:
+            return Fault("out of memory", url, index, f"{raw.id}: too large for the memory of a worker", key=raw.key)
+        except Exception as error:  # one odd file must not end a run; many of them do, by their share
+            detail = f"{raw.id}: {type(error).__name__}: {' '.join(str(error).split())}"
+            return Fault("unexpected error", url, index, detail, key=raw.key)
+
+    def _window(self, chunk: Chunk) -> _Lane:
+        """The lane of the chunk, with the samples of its window that can be read."""
+        number = chunk.start // self._job.reading.window
+        lane = self._lanes.get(chunk.lane)
+        if lane is None or (lane.epoch, lane.shard) != (chunk.epoch, chunk.shard):
+            if lane is not None:
+                _close(lane.reader)
+            lane = self._lanes[chunk.lane] = _Lane(chunk.epoch, chunk.shard, iter(()), -1)
+        if lane.window != number or not lane.samples:
+            shard = self._job.shards[chunk.shard]
+            lane.window = number
+            lane.order = self._job.reading.window_order(self._job.seed, chunk.epoch, chunk.shard, number, shard.samples)
+            self._read(lane, shard, number * self._job.reading.window, len(lane.order))
+        return lane
+
+    def _read(self, lane: _Lane, shard: Shard, first: int, count: int) -> None:
+        lane.samples = {}
+        if lane.failure is not None:
+            return
+        if lane.next_index != first:
+            _close(lane.reader)
+            lane.reader = read_shard(shard.url, first, shard.samples)
+        try:
+            for raw in lane.reader:
+                lane.samples[raw.index] = raw
+                if raw.index == first + count - 1:
+                    break
+        except SampleError as error:
+            lane.failure = error
+        lane.next_index = first + count
+
+
+def _close(reader: Iterator[Raw]) -> None:
+    close = getattr(reader, "close", None)  # generators have it, and hold the tar open until they are closed
+    if close is not None:
+        close()
