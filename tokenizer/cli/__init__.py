@@ -1,7 +1,12 @@
-"""The command `atoken`. This module loads nothing heavy: help and usage errors come at once."""
+"""The command `atoken`. This module loads nothing heavy: help and usage errors come at once.
+
+Other rooms add commands of their own through the entry point group "atoken.commands": functions that are given the
+application. So the tokenizer knows none of them.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from tokenizer.cli.app import app
 
+        for entry in importlib.metadata.entry_points(group="atoken.commands"):
+            entry.load()(app)
         given = sys.argv[1:] if arguments is None else list(arguments)
         return get_command(app).main(args=given or ["--help"], prog_name="atoken", standalone_mode=False)
 

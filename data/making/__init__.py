@@ -1,0 +1,1 @@
+"""Files on a disk -> shards: `atoken shard images | videos | assets`."""
