@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from data.samples import SampleError
@@ -49,7 +49,7 @@ _PATIENCE = 2.0
 @contextmanager
 def open_url(
     url: str | os.PathLike[str], *, tries: int = 3, backoff: float = 0.5, timeout: float = 60.0
-) -> Iterator[BinaryIO]:
+) -> Iterator[io.BufferedReader]:
     """Open a path or URL for reading from its beginning.
 
     Args:
@@ -69,9 +69,11 @@ def open_url(
         InputError: the scheme is unknown, or the package for it is not installed.
     """
     name = os.fspath(url)
-    stream = io.BufferedReader(_Source(_open_raw(name, tries, backoff, timeout), name, timeout), READ_AHEAD)
+    stream: io.BufferedReader = io.BufferedReader(
+        _Source(_open_raw(name, tries, backoff, timeout), name, timeout), READ_AHEAD
+    )
     try:
-        yield cast(BinaryIO, stream)
+        yield stream
     finally:
         stream.close()
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,16 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
-from data.samples import (
-    IMAGE_EXTENSIONS,
-    LATENTS_EXTENSION,
-    VIDEO_EXTENSIONS,
-    VOXELS_EXTENSION,
-    Kind,
-    SampleError,
-)
+from data.samples import IMAGE_EXTENSIONS, LATENTS_EXTENSION, VIDEO_EXTENSIONS, VOXELS_EXTENSION, Kind, SampleError
 from data.shards.reader import scan_shard
-from data.urls import UNREACHABLE, expand_urls, is_remote, local_path, open_url, scheme_of
+from data.urls import expand_urls, is_remote, local_path, open_url, scheme_of
+from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 
 FORMAT = "atoken-shards"
@@ -93,30 +87,187 @@ class ShardSet:
         return sum(shard.bytes for shard in self.shards)
 
 
+class _Part(BaseModel):
+    """Unknown keys are errors, and numbers are not read from text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _ShardEntry(_Part):
+    # A name leads to a file beside the manifest, never elsewhere.
+    name: str = Field(pattern=r"^[^/\\]+\.tar$")
+    samples: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^([0-9a-f]{64})?$")
+
+
+class _SkippedEntry(_Part):
+    name: str
+    reason: str
+
+
+class _Manifest(_Part):
+    format: Literal["atoken-shards"]
+    version: Literal[1]
+    kind: Kind
+    samples: int
+    bytes: int
+    facts: dict[str, Any] = {}
+    shards: list[_ShardEntry]
+    skipped: list[_SkippedEntry] = []
+    plan: str = ""
+
+
 def read_set(spec: str | Path, *, console: Console | None = None) -> ShardSet:
     """The set that a folder, manifest, tar or pattern names.
 
     Args:
         spec: a folder or its `manifest.json`, by path or URL; or tars without a manifest, by path, URL, `*`, braces
-            or `pipe:`, or a local folder of such; these are read once to count their samples.
-        console: shows the progress of counting; by default on stderr where that is a terminal.
+            or `pipe:`, or a local folder of such. These are read through once, to count their samples.
+        console: shows the progress of counting; by default stderr.
 
     Raises:
         InputError: nothing there, not a manifest of this format and version, a shard that is missing on the local
-            disk, no samples, or none of a known kind.
+            disk, an unfinished set, no samples, or none of a known kind.
         SampleError: a URL cannot be reached.
     """
-    raise InputError(f"{spec}")
+    text = str(spec)
+    if _is_manifest(text):
+        return _from_manifest(text)
+    if not is_remote(text) and local_path(text).is_dir():
+        return _from_folder(local_path(text), console)
+    if scheme_of(text) not in ("", "file", "pipe") and "." not in _last_part(text):
+        return _from_manifest(f"{text.rstrip('/')}/{MANIFEST}")
+    return _from_tars(expand_urls(text), text, console)
 
 
 def write_manifest(path: Path, shards: ShardSet) -> None:
-    """Write `shards` as the manifest `path`, which must lie in the folder of the tars."""
+    """Write `shards`, which lie in the folder of `path`, as their manifest; whole or not at all."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": shards.kind,
+        "samples": shards.samples,
+        "bytes": shards.bytes,
+        "facts": dict(shards.facts),
+        "shards": [{"name": s.name, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256} for s in shards.shards],
+        "skipped": [asdict(skipped) for skipped in shards.skipped],
+        "plan": shards.plan,
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def verify(shards: ShardSet) -> Iterator[tuple[Shard, str]]:
-    """Compare every tar with its checksum: each shard with what is wrong with it in one line, "" where nothing is.
+    """Compare every tar with its checksum.
+
+    Yields:
+        Each shard, with what is wrong with it in one line; "" where nothing is.
 
     Raises:
         InputError: the set has no manifest, so there are no checksums.
     """
-    yield from ()
+    if unknown := [shard.name for shard in shards.shards if not shard.sha256]:
+        raise InputError(f"{unknown[0]}: no checksum is known; only sets with a {MANIFEST} can be verified")
+    for shard in shards.shards:
+        try:
+            with open_url(shard.url) as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except SampleError as error:
+            yield shard, str(error)
+        else:
+            yield shard, "" if digest == shard.sha256 else f"{shard.url}: not what was written (other checksum)"
+
+
+def _is_manifest(text: str) -> bool:
+    return scheme_of(text) != "pipe" and _last_part(text) == MANIFEST
+
+
+def _last_part(text: str) -> str:
+    path = urlsplit(text).path if is_remote(text) else text
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _from_folder(folder: Path, console: Console | None) -> ShardSet:
+    if (folder / MANIFEST).exists():
+        return _from_manifest(str(folder / MANIFEST))
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    if any(Path(tar).with_suffix(".json").exists() for tar in tars):
+        raise InputError(f"{folder}: not finished ({MANIFEST} is missing); run the command that makes it again")
+    if not tars:
+        raise InputError(f"{folder}: holds neither {MANIFEST} nor tars")
+    return _from_tars(tars, str(folder), console)
+
+
+def _from_manifest(url: str) -> ShardSet:
+    try:
+        with open_url(url) as stream:
+            document = json.load(stream)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{url}: not a manifest: not readable as JSON ({' '.join(str(error).split())})") from None
+    manifest = _checked(document, url)
+    folder = url.removesuffix(MANIFEST)
+    shards = tuple(Shard(folder + s.name, s.samples, s.bytes, s.sha256) for s in manifest.shards)
+    skipped = tuple(Skipped(s.name, s.reason) for s in manifest.skipped)
+    found = ShardSet(manifest.kind, shards, manifest.facts, skipped, manifest.plan)
+    if (found.samples, found.bytes) != (manifest.samples, manifest.bytes):
+        raise InputError(f"{url}: its shards add up to {found.samples} samples, not to {manifest.samples} as it says")
+    if not found.samples:
+        raise InputError(f"{url}: no samples")
+    if missing := [s.url for s in shards if not is_remote(s.url) and not local_path(s.url).is_file()]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{missing[0]}{more}: named in {MANIFEST}, but missing; copy or make the set again")
+    return found
+
+
+def _checked(document: Any, url: str) -> _Manifest:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise InputError(f"{url}: not a manifest of shards: 'format' must be '{FORMAT}'")
+    if document.get("version") != VERSION:
+        raise InputError(f"{url}: version {document.get('version')!r}, this AToken reads version {VERSION}")
+    try:
+        return _Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{url}: {where}: {first['msg']}") from None
+
+
+def _from_tars(urls: Sequence[str], spec: str, console: Console | None) -> ShardSet:
+    """Count the samples of tars without a manifest; what is unreadable in them is `skipped`."""
+    console = console or Console(stderr=True)
+    shards, faults, extensions = [], [], Counter[frozenset[str]]()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for url in progress.track(urls, description="counting samples"):
+            scan = scan_shard(url)
+            extensions += scan.extensions
+            faults += [Skipped(url, scan.fault)] if scan.fault else []
+            shards.append(Shard(url, scan.samples, scan.bytes, ""))
+    if not any(shard.samples for shard in shards):
+        raise InputError(f"{spec}: no samples" + (f" ({faults[0].reason})" if faults else ""))
+    return ShardSet(_kind(extensions, spec), tuple(shards), {}, tuple(faults))
+
+
+def _kind(samples: Counter[frozenset[str]], spec: str) -> Kind:
+    """What most samples are, told by their extensions."""
+    kinds = Counter[Kind]()
+    for extensions, count in samples.items():
+        if kind := _kind_of(extensions):
+            kinds[kind] += count
+    if not kinds:
+        found = ", ".join(sorted({extension for extensions in samples for extension in extensions})[:8])
+        raise InputError(f"{spec}: neither pictures, videos, voxels nor latents among the samples, only .{found}")
+    return kinds.most_common(1)[0][0]
+
+
+def _kind_of(extensions: frozenset[str]) -> Kind | None:
+    """A video may have a picture beside it, so the picture decides last."""
+    if LATENTS_EXTENSION in extensions:
+        return "latents"
+    if VOXELS_EXTENSION in extensions:
+        return "assets"
+    if extensions & set(VIDEO_EXTENSIONS):
+        return "videos"
+    return "images" if extensions & set(IMAGE_EXTENSIONS) else None

@@ -126,6 +126,6 @@ def scan_shard(url: str) -> Scan:
             if error.cause not in (TRUNCATED, DAMAGED):
                 raise
             scan.fault = str(error)
-        scan.bytes = tar.bytes
+        scan.bytes = tar.length
     scan.samples = scan.extensions.total()
     return scan

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data.samples import SampleError
 
@@ -41,7 +40,7 @@ class TarFiles:
             right, or no tar at all.
     """
 
-    def __init__(self, stream: BinaryIO, url: str) -> None:
+    def __init__(self, stream: io.BufferedReader, url: str) -> None:
         self._stream, self._url = stream, url
         self._length = _length(stream)
         self._position = 0
@@ -49,7 +48,7 @@ class TarFiles:
         self._unread = 0  # of the current file and what fills its last block
 
     @property
-    def bytes(self) -> int:
+    def length(self) -> int:
         """Length of the stream where it can seek, else how much of it was read."""
         return self._position if self._length is None else self._length
 
@@ -70,7 +69,7 @@ class TarFiles:
             if kind == b"S":
                 raise self._damaged(f"'{own_name}' is a sparse file, which is not supported")
             self._expect(0 if kind in b"123456" else own_size)
-            if kind in b"0\0" + b"7" and not own_name.endswith("/"):
+            if kind in b"0\x007" and not own_name.endswith("/"):
                 yield own_name, own_size
 
     def read(self) -> bytes:
@@ -182,7 +181,7 @@ class TarFiles:
         return SampleError(DAMAGED, f"{self._url}: {what}")
 
 
-def _length(stream: BinaryIO) -> int | None:
+def _length(stream: io.BufferedReader) -> int | None:
     if not stream.seekable():
         return None
     length = stream.seek(0, io.SEEK_END)
