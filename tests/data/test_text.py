@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import text
 from data.text import clean_caption
 from tokenizer.errors import InputError
+from tokenizer.text import clean
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -37,7 +37,7 @@ WORDS = (
 
 
 @pytest.mark.parametrize(
-    ("raw", "clean"),
+    ("raw", "expected"),
     [
         ("  A Photo_of a CAT, sitting!  ", "a photo of a cat sitting"),
         ("line\none\t\ttwo\u3000three", "line one two three"),
@@ -59,24 +59,24 @@ WORDS = (
         ("", ""),
     ],
 )
-def test_captions_become(raw: str, clean: str) -> None:
-    assert clean_caption(raw) == clean
+def test_captions_become(raw: str, expected: str) -> None:
+    assert clean_caption(raw) == expected
 
 
 @QUICK
 @given(st.lists(st.sampled_from(WORDS), max_size=6), st.sampled_from(("", " ", "_", ", ", "\n")))
 def test_cleaning_a_clean_caption_changes_nothing(words: list[str], between: str) -> None:
-    clean = clean_caption(between.join(words))
-    assert clean_caption(clean) == clean
+    once = clean_caption(between.join(words))
+    assert clean_caption(once) == once
 
 
 @QUICK
 @given(st.text())
 def test_what_remains_has_no_ascii_punctuation_no_capitals_and_single_spaces(raw: str) -> None:
-    clean = clean_caption(raw)
-    assert not set(clean) & set(string.punctuation)
-    assert clean == clean.lower()
-    assert clean == " ".join(clean.split())
+    once = clean_caption(raw)
+    assert not set(once) & set(string.punctuation)
+    assert once == once.lower()
+    assert once == " ".join(once.split())
 
 
 def test_a_mark_moved_to_a_letter_is_joined_only_by_a_second_cleaning() -> None:
@@ -87,6 +87,6 @@ def test_a_mark_moved_to_a_letter_is_joined_only_by_a_second_cleaning() -> None:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    text._repair.cache_clear()
+    clean._repair.cache_clear()
     with pytest.raises(InputError, match=r"cleaning captions needs the package 'ftfy'.*'\.\[data\]'"):
         clean_caption("a cat")

@@ -118,10 +118,10 @@ class LPIPS(nn.Module):
         root = Path(next(iter(spec.submodule_search_locations)))
         return cls(backbone, read_array_pickle(root / "weights" / f"{backbone}.ckpt"))
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length features, one [N, C, h, w] tensor per layer that LPIPS reads.
+    def activations(self, images: Tensor) -> list[Tensor]:
+        """What the network makes of images, one [N, C, h, w] tensor per layer that LPIPS reads, after its ReLU.
 
-        Compute them once for a target that is compared more than once, and pass them to `distance`.
+        The Gram loss compares these; `unit_length` turns them into what `distance` compares.
 
         Args:
             images: floating [N, 3, H, W] in [-1, 1]; sides from 32 (vgg16) or 64 (alexnet) up.
@@ -138,8 +138,21 @@ class LPIPS(nn.Module):
                 x = F.max_pool2d(x, layer.pool, stride=2)
             x = F.relu(F.conv2d(x, kernel, bias, stride=layer.stride, padding=layer.padding))
             if layer.tap:
-                taps.append(_unit_length(x))
+                taps.append(x)
         return taps
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length features, one [N, C, h, w] tensor per layer that LPIPS reads.
+
+        Compute them once for a target that is compared more than once, and pass them to `distance`.
+
+        Args:
+            images: as for `activations`.
+
+        Raises:
+            InputError: another shape or type.
+        """
+        return [unit_length(tap) for tap in self.activations(images)]
 
     def distance(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         """Distances [N] of two results of `features`."""
@@ -241,8 +254,8 @@ def _frozen(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
 
-def _unit_length(x: Tensor) -> Tensor:
-    """Divide by the length over channels, in float32 at least; a zero vector stays zero, with a finite gradient."""
+def unit_length(x: Tensor) -> Tensor:
+    """[N, C, h, w] of unit length over channels, in float32 at least; zero stays zero, its gradient is finite."""
     with torch.autocast(x.device.type, enabled=False):
         x = x if x.dtype == torch.float64 else x.float()
         length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)

@@ -31,6 +31,7 @@ from tokenizer.errors import InputError
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
 from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
 from tokenizer.gaussians.rasterize import rasterize
+from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
 from tokenizer.training.config import OptimizerConfig
@@ -203,15 +204,11 @@ class GaussianTrainer:
             raw = decoder(voxels)
         gaussians = decoder.interpret(raw)
         rendering = rasterize(gaussians, cameras, pictures.shape[1])
-        wanted = pictures.to(self.device).float() / 255
-        alpha = wanted[..., 3]
-        difference = rendering.colours - wanted[..., :3] * alpha[..., None]
-        weights = self.config.loss
-        l1, l2 = difference.abs().mean(), difference.square().mean()
-        coverage = (rendering.alpha - alpha).abs().mean()
-        loss = weights.l1 * l1 + weights.l2 * l2 + weights.alpha * coverage
-        psnr = -10 * math.log10(max(float(l2.detach()), 1e-10))
-        return loss, {"l1": float(l1.detach()), "train psnr": psnr, "coverage": float(coverage.detach())}
+        terms, weights = rendering_terms(rendering, pictures), self.config.loss
+        loss = weights.l1 * terms.l1 + weights.l2 * terms.l2 + weights.alpha * terms.coverage
+        found = {name: float(getattr(terms, name).detach()) for name in ("l1", "l2", "coverage")}
+        psnr = -10 * math.log10(max(found["l2"], 1e-10))
+        return loss, {"l1": found["l1"], "train psnr": psnr, "coverage": found["coverage"]}
 
     @torch.no_grad()
     def _validate(self) -> float:
