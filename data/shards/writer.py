@@ -13,17 +13,12 @@ and once all shards are there, `manifest.json` takes the place of the other JSON
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
-import re
-import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,80 +26,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.samples import Kind
 from data.shards import workers as processes
 from data.shards.manifest import MANIFEST, Shard, ShardSet, Skipped, read_set, write_manifest
-from data.shards.tar import BLOCK
-from tokenizer.atomic import atomic_path
+from data.shards.tarwriter import (
+    Record,
+    finished_shard,
+    read_json,
+    sidecar,
+    sync_folder,
+    to_json,
+    write_json,
+    write_shard,
+)
 from tokenizer.errors import InputError
+
+__all__ = [
+    "Record",
+    "Skipped",
+    "begin_set",
+    "finished_shard",
+    "merge_set",
+    "plan_of",
+    "shard_name",
+    "write_set",
+    "write_shard",
+]
 
 Job = TypeVar("Job")
 
 UNFINISHED = "unfinished.json"
 
-_SHARD_FORMAT = "atoken-shard"
-_PLAN_FORMAT = "atoken-shards-plan"
-_EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A sample to write.
-
-    key: what its files are called up to the first dot; may have folders ("train/000017").
-    files: contents by extension, in lower case ("jpg", "voxels.safetensors"); not "json".
-    facts: become KEY.json.
-    """
-
-    key: str
-    files: Mapping[str, bytes]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def write_shard(path: Path, records: Iterable[Record | Skipped], *, plan: str = "") -> tuple[Shard, list[Skipped]]:
-    """Write one tar, and its sidecar after it; each appears whole or not at all.
-
-    The bytes depend on the records alone: no times, no owners, the files of a sample sorted, KEY.json last.
-
-    Args:
-        path: ends in .tar; replaced where it exists.
-        records: samples in order, and what could not become one.
-        plan: fingerprint of what is being written, for `finished_shard`.
-
-    Raises:
-        InputError: a key or extension that readers would take for another, a key that is there twice, or facts that
-            JSON cannot hold.
-    """
-    if path.suffix != ".tar":
-        raise InputError(f"{path}: a shard is called NAME.tar")
-    _sidecar(path).unlink(missing_ok=True)  # it would vouch for the new tar
-    skipped: list[Skipped] = []
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        tar = _TarWriter(file)
-        for record in records:
-            if isinstance(record, Skipped):
-                skipped.append(record)
-            else:
-                tar.add(record)
-        tar.finish()
-    shard = Shard(str(path), len(tar.keys), tar.bytes, tar.sha256)
-    facts = {"format": _SHARD_FORMAT, "plan": plan, "samples": shard.samples, "bytes": shard.bytes}
-    _write_json(_sidecar(path), {**facts, "sha256": shard.sha256, "skipped": [asdict(entry) for entry in skipped]})
-    _sync_folder(path.parent)
-    return shard, skipped
-
-
-def finished_shard(path: Path, *, plan: str = "") -> tuple[Shard, list[Skipped]] | None:
-    """What `write_shard` returned for `path` in an earlier run; None where it was not finished.
-
-    Raises:
-        InputError: it was written under another plan.
-    """
-    side = _read_json(_sidecar(path), _SHARD_FORMAT)
-    if side is None or not path.is_file() or path.stat().st_size != side["bytes"]:
-        return None
-    if side["plan"] != plan:
-        raise InputError(f"{path}: made with other arguments; remove the folder or choose another one")
-    shard = Shard(str(path), side["samples"], side["bytes"], side["sha256"])
-    return shard, [Skipped(**entry) for entry in side["skipped"]]
+_FORMAT = "atoken-shards-plan"
 
 
 def plan_of(kind: Kind, jobs: Iterable[object], facts: Mapping[str, Any], jobs_per_shard: int = 1) -> str:
@@ -116,7 +66,7 @@ def plan_of(kind: Kind, jobs: Iterable[object], facts: Mapping[str, Any], jobs_p
     Raises:
         InputError: facts that JSON cannot hold.
     """
-    digest = hashlib.sha256(_json({"kind": kind, "facts": facts, "jobs_per_shard": jobs_per_shard}, "facts").encode())
+    digest = hashlib.sha256(to_json({"kind": kind, "facts": facts, "jobs_per_shard": jobs_per_shard}, "facts").encode())
     for job in jobs:
         if type(job).__repr__ is object.__repr__:
             raise TypeError(f"{type(job).__name__} needs a __repr__ that tells one job from another")
@@ -137,7 +87,7 @@ def begin_set(out: Path, plan: str, facts: Mapping[str, Any]) -> ShardSet | None
         raise InputError(f"{out}: is a file; name a folder")
     # In this order: others write the plan before tars, and the manifest before they remove the plan.
     has_tars = any(out.glob("*.tar"))
-    begun = _read_json(out / UNFINISHED, _PLAN_FORMAT)
+    begun = read_json(out / UNFINISHED, _FORMAT)
     if (out / MANIFEST).exists():
         return _complete(out, plan, facts)
     if begun is not None:
@@ -145,7 +95,7 @@ def begin_set(out: Path, plan: str, facts: Mapping[str, Any]) -> ShardSet | None
     elif has_tars:
         raise InputError(f"{out}: holds tars that this command did not make; choose another folder")
     else:
-        _write_json(out / UNFINISHED, {"format": _PLAN_FORMAT, "plan": plan, "facts": dict(facts)})
+        write_json(out / UNFINISHED, {"format": _FORMAT, "plan": plan, "facts": dict(facts)})
     return None
 
 
@@ -176,35 +126,6 @@ def merge_set(
         write_manifest(out / MANIFEST, merged)
     _tidy(out, expected_names, merged)
     return merged
-
-
-def _merged(
-    out: Path, kind: Kind, made: Sequence[tuple[Shard, list[Skipped]]], facts: Mapping[str, Any], plan: str
-) -> ShardSet:
-    skipped = tuple(entry for _, entries in made for entry in entries)
-    shards = tuple(shard for shard, _ in made if shard.samples)
-    if not shards:
-        reason = f" ({skipped[0].name}: {skipped[0].reason})" if skipped else ""
-        raise InputError(f"{out}: nothing became a sample, {len(skipped)} were skipped{reason}")
-    return ShardSet(kind, shards, dict(facts), skipped, plan)
-
-
-def _complete(out: Path, plan: str, facts: Mapping[str, Any]) -> ShardSet:
-    found = read_set(out)
-    _refuse_other(out, plan, facts, found.plan, found.facts)
-    return found
-
-
-def _tidy(out: Path, names: Iterable[str], merged: ShardSet) -> None:
-    """Remove what only an unfinished set needs; a run killed in the middle of this leaves some to the next."""
-    kept = {shard.name for shard in merged.shards}
-    for name in names:
-        _sidecar(out / name).unlink(missing_ok=True)
-        if name not in kept:
-            (out / name).unlink(missing_ok=True)
-    _sweep(out, names)
-    (out / UNFINISHED).unlink(missing_ok=True)
-    _sync_folder(out)
 
 
 def write_set(
@@ -283,53 +204,33 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-class _TarWriter:
-    """Appends samples to a tar and keeps count, length and checksum of what it wrote."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.keys: set[str] = set()
-        self.bytes = 0
-        self._file, self._digest = file, hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def add(self, record: Record) -> None:
-        _check_key(record.key, self.keys)
-        self.keys.add(record.key)
-        for extension in sorted(record.files):
-            if not _EXTENSION.fullmatch(extension) or extension == "json":
-                raise InputError(f"sample '{record.key}': '{extension}' cannot be the extension of a file in a shard")
-            self._add_file(f"{record.key}.{extension}", record.files[extension])
-        self._add_file(f"{record.key}.json", _json(record.facts, f"sample '{record.key}'").encode())
-
-    def finish(self) -> None:
-        self._write(bytes(2 * BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _add_file(self, name: str, contents: bytes) -> None:
-        entry = tarfile.TarInfo(name)  # of time 0, owner 0 and mode 644
-        entry.size = len(contents)
-        self._write(entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-        self._write(contents)
-        self._write(bytes(-len(contents) % BLOCK))
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.bytes += len(data)
+def _merged(
+    out: Path, kind: Kind, made: Sequence[tuple[Shard, list[Skipped]]], facts: Mapping[str, Any], plan: str
+) -> ShardSet:
+    skipped = tuple(entry for _, entries in made for entry in entries)
+    shards = tuple(shard for shard, _ in made if shard.samples)
+    if not shards:
+        reason = f" ({skipped[0].name}: {skipped[0].reason})" if skipped else ""
+        raise InputError(f"{out}: nothing became a sample, {len(skipped)} were skipped{reason}")
+    return ShardSet(kind, shards, dict(facts), skipped, plan)
 
 
-def _check_key(key: str, others: set[str]) -> None:
-    parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "." in parts[-1] or _CONTROL.search(key):
-        raise InputError(
-            f"sample {key!r}: keys are relative paths whose last part has no dot, without control characters"
-        )
-    if key in others:
-        raise InputError(f"sample '{key}': there is another one of this key in its shard")
+def _complete(out: Path, plan: str, facts: Mapping[str, Any]) -> ShardSet:
+    found = read_set(out)
+    _refuse_other(out, plan, facts, found.plan, found.facts)
+    return found
+
+
+def _tidy(out: Path, names: Iterable[str], merged: ShardSet) -> None:
+    """Remove what only an unfinished set needs; a run killed in the middle of this leaves some to the next."""
+    kept = {shard.name for shard in merged.shards}
+    for name in names:
+        sidecar(out / name).unlink(missing_ok=True)
+        if name not in kept:
+            (out / name).unlink(missing_ok=True)
+    _sweep(out, names)
+    (out / UNFINISHED).unlink(missing_ok=True)
+    sync_folder(out)
 
 
 def _refuse_other(
@@ -338,7 +239,7 @@ def _refuse_other(
     if plan == found_plan:
         return
     # Facts as JSON gives them back: lists for tuples.
-    wanted = json.loads(_json(facts, "facts"))
+    wanted = json.loads(to_json(facts, "facts"))
     for name in sorted({*wanted, *found_facts}):
         if wanted.get(name) != found_facts.get(name):
             what = f"{name}: {found_facts.get(name)!r} there, {wanted.get(name)!r} now"
@@ -348,54 +249,9 @@ def _refuse_other(
     raise InputError(f"{out}: holds a set made with other arguments ({what}); remove it or choose another folder")
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _json(value: Mapping[str, Any], what: str) -> str:
-    try:
-        return json.dumps(dict(value), sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{what}: facts that JSON cannot hold ({' '.join(str(error).split())})") from None
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(_json(document, path.name) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_json(path: Path, kind: str) -> dict[str, Any] | None:
-    """None where it is missing; a file of something else is not to be overwritten.
-
-    Raises:
-        InputError: not what this module wrote.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        document = None
-    if not isinstance(document, dict) or document.get("format") != kind:
-        raise InputError(f"{path}: not written by this command; remove it or choose another folder")
-    return document
-
-
 def _sweep(out: Path, names: Iterable[str]) -> None:
     """Remove what killed runs left half-written of these shards."""
     stems = {Path(name).stem for name in names}
     for path in out.glob(".*.part.*"):
         if path.name[1:].split(".")[0] in stems:
             path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames last through a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
