@@ -8,12 +8,13 @@ epoch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from data.samples import Fault, Item, Raw, SampleError
 from data.shards.manifest import Shard
-from data.shards.reader import read_shard
+from data.shards.reader import SINGLE, read_shard
 from data.stream import Chunk, Reading
 
 Outcome = Item | Fault
@@ -48,6 +49,7 @@ class _Lane:
     window: int = -1
     order: list[int] = field(default_factory=list)
     samples: dict[int, Raw] = field(default_factory=dict)
+    broken: dict[int, SampleError] = field(default_factory=dict)
     failure: SampleError | None = None
 
 
@@ -64,8 +66,6 @@ class SourceReader:
         first = lane.window * self._job.reading.window
         for place in range(chunk.start + skip, chunk.stop):
             yield self._outcome(chunk, lane, lane.order[place - first])
-        if chunk.stop == first + len(lane.order):
-            lane.samples = {}
 
     def close(self) -> None:
         """Close every tar."""
@@ -75,9 +75,14 @@ class SourceReader:
 
     def _outcome(self, chunk: Chunk, lane: _Lane, index: int) -> Outcome:
         url = self._job.shards[chunk.shard].url
-        raw = lane.samples.get(index)
+        # Not kept: a window of large files would stay in memory until the next one.
+        raw = lane.samples.pop(index, None)
         if raw is None:
-            failure = lane.failure or SampleError("truncated shard", f"{url}: has no sample {index}")
+            failure = (
+                lane.broken.get(index)
+                or lane.failure
+                or SampleError("truncated shard", f"{url}: has no sample {index}")
+            )
             return Fault(failure.cause, url, index, str(failure))
         try:
             return self._job.decode(raw, chunk.epoch)
@@ -97,7 +102,7 @@ class SourceReader:
             if lane is not None:
                 _close(lane.reader)
             lane = self._lanes[chunk.lane] = _Lane(chunk.epoch, chunk.shard, iter(()), -1)
-        if lane.window != number or not lane.samples:
+        if lane.window != number:
             shard = self._job.shards[chunk.shard]
             lane.window = number
             lane.order = self._job.reading.window_order(self._job.seed, chunk.epoch, chunk.shard, number, shard.samples)
@@ -105,20 +110,26 @@ class SourceReader:
         return lane
 
     def _read(self, lane: _Lane, shard: Shard, first: int, count: int) -> None:
-        lane.samples = {}
-        if lane.failure is not None:
-            return
-        if lane.next_index != first:
-            _close(lane.reader)
-            lane.reader = read_shard(shard.url, first, shard.samples)
-        try:
-            for raw in lane.reader:
-                lane.samples[raw.index] = raw
-                if raw.index == first + count - 1:
-                    break
-        except SampleError as error:
-            lane.failure = error
-        lane.next_index = first + count
+        """Read the samples of a window into its lane, and what is wrong with those that cannot be read."""
+        lane.samples, lane.broken = {}, {}
+        index = first
+        while index < first + count and lane.failure is None:
+            if lane.next_index != index:
+                _close(lane.reader)
+                lane.reader = read_shard(shard.url, index, shard.samples)
+            try:
+                for raw in itertools.islice(lane.reader, first + count - index):
+                    lane.samples[raw.index] = raw
+                    index = raw.index + 1
+                lane.next_index = index
+                return
+            except SampleError as error:
+                if error.cause in SINGLE:
+                    lane.broken[index] = error
+                    index += 1
+                else:
+                    lane.failure = error
+                lane.next_index = -1  # a reader that has failed gives nothing more
 
 
 def _close(reader: Iterator[Raw]) -> None:
