@@ -16,13 +16,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from data.mixture import Task
 from tokenizer.cameras import Cameras
 from tokenizer.errors import InputError
+
+if TYPE_CHECKING:
+    from data.latents.format import LatentItem
 
 Kind = Literal["images", "videos", "assets", "latents"]
 """What the samples of a set of shards are."""
@@ -101,7 +104,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A sample ready to become tokens. Either `pixels`, or `features` and `coordinates`, are there.
+    """A sample ready to become tokens. Either `pixels`, or `features` and `coordinates`, or `latents` are there.
 
     id: as `Raw.id`.
     source: name of the source in the mixture.
@@ -110,6 +113,7 @@ class Item:
     pixels: uint8 [H, W, 3] or [T, H, W, 3], RGB, whole patches.
     features: uint8 [N, 768], patches of voxels, 0..255 for the colours 0..1.
     coordinates: int16 [N, 3], x, y, z of the voxels.
+    latents: of a tokenised set, whose samples are tokens already.
     views: of an asset that is reconstructed.
     caption: cleaned; None where the sample has none.
     facts: KEY.json.
@@ -122,6 +126,7 @@ class Item:
     pixels: Tensor | None = None
     features: Tensor | None = None
     coordinates: Tensor | None = None
+    latents: LatentItem | None = None
     views: Seen | None = None
     caption: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Tokenised sets: shards of latents, made once, for generators and language models to read."""
