@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,10 @@ def load_frozen(folder: str | Path, kind: str, purpose: str, dtype: torch.dtype)
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; give a local folder with a checkpoint that transformers saved")
     try:
-        model, report = getattr(transformers, kind).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
+        with _quiet():
+            model, report = getattr(transformers, kind).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+            )
     # transformers, safetensors and torch have no common type for what can be wrong with a file.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -56,3 +59,20 @@ def load_frozen(folder: str | Path, kind: str, purpose: str, dtype: torch.dtype)
             "give a folder with its weights"
         )
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its table of weights that a part of a checkpoint does not need."""
+    import transformers
+
+    logging: Any = transformers.utils.logging  # typed in part
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
