@@ -52,6 +52,7 @@ from typing import Literal
 
 from tokenizer.errors import InputError
 from tokenizer.losses.lpips import Backbone
+from tokenizer.losses.similarity import RELEASED_BIAS, RELEASED_SCALE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +103,8 @@ class LossChoices:
     clip_network: Literal["auto", "siglip2", "lite0"] = "auto"
     siglip2: str | None = None
     temperature: float = 2.0
-    sigmoid_scale: float = 4.8438
-    sigmoid_bias: float = -15.5625
+    sigmoid_scale: float = RELEASED_SCALE
+    sigmoid_bias: float = RELEASED_BIAS
     sigmoid_trained: bool = False
     kl_when_discrete: bool = False
 
