@@ -30,7 +30,7 @@ Teacher where there is no image tower for the texts (MiniLM, nano): the image's 
     Scores of a text with all texts are a teacher that knows which captions mean nearly the same; one-hot targets would
     push them apart.
 Distillation direction: for each image a softmax over the texts of the global batch
-    It is the formula as printed. The texts are the same on both sides, so the other direction adds little.
+    It is the formula as printed, and needs nothing but texts from the other processes.
 Sigmoid scale and bias: the released 4.8438 and -15.5625, not trained
     The released model holds them as constants (FORMAT 12), and the text tower that they belong to is frozen. With
     another text tower (MiniLM) they must be trained: set `sigmoid_trained`.
