@@ -111,7 +111,7 @@ def expand_urls(spec: str) -> list[str]:
     urls = list(itertools.islice(_braces(spec), MOST_URLS + 1))
     if len(urls) > MOST_URLS:
         raise InputError(f"{spec}: stands for more than {MOST_URLS} URLs")
-    return [match for url in urls for match in _matches(url)]
+    return list(dict.fromkeys(match for url in urls for match in _matches(url)))
 
 
 def _braces(spec: str) -> Iterator[str]:

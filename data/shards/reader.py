@@ -8,7 +8,7 @@ from the next number: see `SINGLE`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from data.samples import Raw, SampleError
@@ -24,7 +24,7 @@ LARGEST_FILE = 4 * 1024**3
 """Bytes of the largest file that is read into memory."""
 
 
-def read_shard(url: str, start: int = 0, samples: int | None = None) -> Iterator[Raw]:
+def read_shard(url: str, start: int = 0, samples: int | None = None) -> Generator[Raw, None, None]:
     """The samples of one tar, in order.
 
     Args:
@@ -33,8 +33,8 @@ def read_shard(url: str, start: int = 0, samples: int | None = None) -> Iterator
         samples: how many the tar holds, from the manifest.
 
     Yields:
-        Samples. The last one before a truncation is only given where it is sure to be whole: if anything of the next
-        one, or the end of the tar, was seen.
+        Samples; closing the generator closes the tar. The last one before a truncation is only given where it is sure
+        to be whole: if anything of the next one, or the end of the tar, was seen.
 
     Raises:
         SampleError: "truncated shard": the tar ends early, or before `samples`; "damaged shard": a damaged header, not
