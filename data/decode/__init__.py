@@ -1,0 +1,1 @@
+"""Samples of shards, as bytes, to samples that can become tokens."""
