@@ -58,7 +58,7 @@ class Raw:
         return f"{self.shard.rsplit('/', 1)[-1]}/{self.key}"
 
     def facts(self) -> dict[str, Any]:
-        """KEY.json, or nothing where it is missing.
+        """KEY.json, or nothing where it is missing. NaN and Infinity, which JSON does not have, become None.
 
         Raises:
             InputError: not an object in JSON.
@@ -66,7 +66,7 @@ class Raw:
         if "json" not in self.files:
             return {}
         try:
-            facts = json.loads(self.files["json"])
+            facts = json.loads(self.files["json"], parse_constant=lambda _: None)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.id}.json: not readable as JSON ({' '.join(str(error).split())})") from None
         if not isinstance(facts, dict):
