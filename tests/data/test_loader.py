@@ -20,13 +20,12 @@ from hypothesis import strategies as st
 
 from data.faults import Quarantine
 from data.fetch import Workers
-from data.loader import Feed, Loader
+from data.loader import Loader
 from data.mixture import Task
 from data.shards.manifest import ShardSet
-from tests.data.loading import IMAGE, UNDERSTOOD, VIDEO, TinyDecoder, feed, ids, steps, tiny_set
+from tests.data.loading import BUDGETS, IMAGE, UNDERSTOOD, VIDEO, TinyDecoder, feed, feeds, ids, load, steps, tiny_set
 from tokenizer.errors import InputError
 
-BUDGETS = {IMAGE: 25, VIDEO: 20, UNDERSTOOD: 30}
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,20 +33,6 @@ ROOT = Path(__file__).parents[2]
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
     folder = tmp_path_factory.mktemp("sets")
     return {name: tiny_set(folder, name, n, each) for name, n, each in (("a", 50, 9), ("b", 25, 25), ("v", 31, 8))}
-
-
-def feeds(sets: dict[str, ShardSet], **reading: object) -> list[Feed]:
-    return [
-        feed(sets["a"], TinyDecoder("a", IMAGE), **reading),
-        feed(sets["b"], TinyDecoder("b", IMAGE), **reading),
-        feed(sets["v"], TinyDecoder("v", VIDEO), **reading),
-        feed(sets["a"], TinyDecoder("captions", UNDERSTOOD), **reading),
-    ]
-
-
-def load(sets: dict[str, ShardSet], chosen: list[Feed] | None = None, **options: Any) -> Loader:
-    given = {"ratios": {IMAGE: 2, VIDEO: 1}, "budgets": BUDGETS, "seed": 3, **options}
-    return Loader(chosen or feeds(sets), **given)
 
 
 def one_epoch(sets: dict[str, ShardSet], rank: int, world: int) -> Loader:
@@ -135,13 +120,13 @@ def test_kill_and_resume_at_any_moment(sets: dict[str, ShardSet], tmp_path: Path
             import json, sys
             from pathlib import Path
             from data.shards.manifest import read_set
-            from tests.data.test_loader import load
+            from tests.data.loading import load
             from tokenizer.atomic import atomic_path
 
             if __name__ == "__main__":
                 folder, log, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
                 checkpoint = log.with_suffix(".json")
-                loader = load({name: read_set(folder / name) for name in "abv"}, workers=1)
+                loader = load({name: read_set(folder / name) for name in "abv"})
                 lines = []
                 if checkpoint.exists():
                     state = json.loads(checkpoint.read_text())
@@ -159,9 +144,9 @@ def test_kill_and_resume_at_any_moment(sets: dict[str, ShardSet], tmp_path: Path
     log, environment = tmp_path / "log", {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(program), str(folder), str(log), "120"]
     checkpoint = log.with_suffix(".json")
-    for kill in range(3):
+    for kill in range(2):
         process = subprocess.Popen(command, env=environment, cwd=ROOT)
-        wanted = 15 * (kill + 1)
+        wanted = 25 * (kill + 1)
         while not (checkpoint.exists() and len(json.loads(checkpoint.read_text())["lines"]) >= wanted):
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.002)
