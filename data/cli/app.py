@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,7 +78,7 @@ def images(
     from data.making.sets import captions_for, make_set
 
     make = PictureMaker(captions_for(source, captions, labels_by_folder=labels_from_folders), max_side)
-    facts = {"licence": licence}
+    facts = {"licence": licence, "max_side": max_side}
     made = make_set(source, out, "images", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 
@@ -107,7 +108,7 @@ def videos(
     from data.making.sets import captions_for, make_set
 
     make = VideoMaker(captions_for(source, captions, labels_by_folder=labels_from_folders), clip_seconds)
-    facts = {"licence": licence}
+    facts = {"licence": licence, "clip_seconds": clip_seconds}
     made = make_set(source, out, "videos", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 
@@ -140,7 +141,7 @@ def assets(
 
     found = captions_for(source, captions, labels_by_folder=labels_from_folders)
     make = AssetMaker(found, packing.value, resolution, unseen_views)
-    facts = {"licence": licence}
+    facts = {"licence": licence, "rule": packing.value, "resolution": resolution, "unseen": unseen_views}
     made = make_set(source, out, "assets", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 
@@ -179,19 +180,15 @@ def list_sets(as_json: Json = False) -> None:
     """The data sets that `atoken data build` makes, their licences, and whether their files are here."""
     from data.sources import catalogue
 
-    rows = catalogue.describe()
+    rows = [asdict(row) for row in catalogue.describe()]
     if as_json:
         print(json.dumps({"sets": rows}, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    table = RichTable(title="Data sets")
-    for column in rows[0]:
-        table.add_column(column)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+        print(f"{row['name']}: {row['kind']}, {row['size']}")
+        for title in ("licence", "captions", "split"):
+            print(f"  {title}: {row[title].removeprefix('captions: ')}")
+        print("  its files are here" if row["installed"] else f"  needs: {row['install']}")
 
 
 @data.command()
@@ -230,16 +227,22 @@ def check(
       atoken shard images atoken-demo --out shards
       atoken data check shards
     """
+    from rich.console import Console
+    from rich.progress import track
+
     from data.shards.manifest import read_set, verify
 
     found = read_set(shards)
-    wrong = verify(found)
+    total = len(found.shards)
+    wrong = [
+        problem for _, problem in track(verify(found), "checking", total=total, console=Console(stderr=True)) if problem
+    ]
     if as_json:
-        print(json.dumps({"shards": len(found.shards), "wrong": [str(problem) for problem in wrong]}, indent=2))
-    else:
-        for problem in wrong:
-            print(problem)
-        print(f"{len(found.shards) - len(wrong)} of {len(found.shards)} shards are as their manifest says")
+        print(json.dumps({"shards": total, "wrong": wrong}, indent=2))
+        return 1 if wrong else 0
+    for problem in wrong:
+        print(problem)
+    print(f"{total - len(wrong)} of {total} shards are as their manifest says")
     return 1 if wrong else 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,13 @@ def make_set(
         make: a file -> its records; picklable.
         samples_per_shard: files whose records share a shard.
         workers: processes.
-        facts: about the set, for its manifest (licence, ...).
+        facts: about the set, for its manifest: its licence, and whatever else changes what `make` gives.
 
     Raises:
         InputError: nothing to do, or `out` holds something else.
     """
     if out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out}: lies inside {source}, whose files it would hold; choose a folder outside")
-    settings = asdict(make) if is_dataclass(make) and not isinstance(make, type) else {}
-    settings = {name: value for name, value in settings.items() if name != "captions"}
     return write_set(
         out,
         kind,
@@ -83,7 +80,7 @@ def make_set(
         make,
         jobs_per_shard=samples_per_shard,
         workers=workers,
-        facts={**facts, "settings": settings},
+        facts=facts,
         console=console,
     )
 

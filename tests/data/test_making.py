@@ -1,0 +1,205 @@
+"""Files on a disk to shards and back through the loader's decoder: what is kept, what is left out and said."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.decode.decoder import Decoder, DecodeSettings
+from data.making.captions import Captions
+from data.mixture import Task
+from data.samples import Raw
+from data.shards.manifest import ShardSet, read_set
+from data.shards.reader import read_shard
+from data.tap import read_items
+from tokenizer.cli import main
+from tokenizer.errors import InputError
+from tokenizer.media import VideoWriter, load_image
+
+CORNERS = "".join(f"v {x} {y} {z}\n" for x in (0, 1) for y in (0, 1) for z in (0, 1))
+CUBE = CORNERS + "f 1 2 4 3\nf 5 7 8 6\nf 1 5 6 2\nf 3 4 8 7\nf 1 3 7 5\nf 2 6 8 4\n"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def samples(shards: ShardSet) -> dict[str, Raw]:
+    return {raw.key: raw for shard in shards.shards for raw in read_shard(shard.url)}
+
+
+def pixels(seed: int, height: int = 40, width: int = 56) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Pictures with every sort of caption, and two files that are none."""
+    folder = tmp_path / "pictures"
+    (folder / "cats").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    Image.fromarray(pixels(0)).save(folder / "a.png")
+    Image.fromarray(pixels(1)).save(folder / "b.v2.jpg", quality=90)
+    Image.fromarray(pixels(2)).save(folder / "cats" / "c.webp", lossless=True)
+    Image.fromarray(pixels(3)).save(folder / "cats" / "d.bmp")
+    Image.fromarray(pixels(4, 8, 8)).save(folder / "tiny.png")
+    Image.fromarray(pixels(5)).save(folder / ".hidden" / "e.png")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:300])
+    (folder / "a.txt").write_text("Eine Straße, 街道, شارع 🚗\n", encoding="utf-8")
+    (folder / "b.v2.json").write_text('{"caption": "from facts", "label": "street", "licence": "CC0"}')
+    (folder / "metadata.csv").write_text("file_name,text,place\ncats/c.webp,a cat,Rome\n", encoding="utf-8-sig")
+    return folder
+
+
+def test_pictures_keep_their_bytes_and_their_words(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert (
+        run("shard", "images", pictures, "--out", out, "--labels-from-folders", "--per-shard", 2, "--workers", 1) == 0
+    )
+    assert "out: 4 images in" in capsys.readouterr().out
+    shards = read_set(str(out))
+    found = samples(shards)
+    assert sorted(found) == ["a", "b_v2", "cats/c", "cats/d"]
+    assert found["a"].files["png"] == (pictures / "a.png").read_bytes()
+    assert found["b_v2"].files["jpg"] == (pictures / "b.v2.jpg").read_bytes()
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(found["cats/d"].files["png"]))), pixels(3))
+    assert found["a"].caption() == "Eine Straße, 街道, شارع 🚗"
+    assert found["b_v2"].caption() == "from facts"
+    assert found["cats/c"].caption() == "a cat"
+    assert found["cats/c"].facts() == {
+        **{"file": "cats/c.webp", "height": 40, "width": 56, "label": "cats", "place": "Rome"},
+    }
+    assert found["b_v2"].facts()["label"] == "street"
+    reasons = {skipped.name: skipped.reason for skipped in shards.skipped}
+    assert reasons.keys() == {"tiny.png", "broken.png"}
+    assert "at least 16" in reasons["tiny.png"]
+    assert "truncated" in reasons["broken.png"]
+
+
+def test_the_same_bytes_again_and_larger_pictures_reduced(pictures: Path, tmp_path: Path) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        run("shard", "images", pictures, "--out", tmp_path / name, "--max-side", 28, "--workers", workers)
+    one, two = (read_set(str(tmp_path / name)) for name in ("one", "two"))
+    assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in two.shards]
+    for raw in samples(one).values():
+        extension = next(name for name in ("png", "jpg") if name in raw.files)
+        assert load_image(raw.files[extension]).shape == (20, 28, 3)
+
+
+def test_videos_whole_and_in_clips(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    frames = np.stack([pixels(seed, 48, 64) for seed in range(25)])
+    with VideoWriter(folder / "film.mp4", Fraction(10), 48, 64) as writer:
+        writer.write(frames)
+    (folder / "film.txt").write_text("a film")
+    (folder / "cut.mp4").write_bytes((folder / "film.mp4").read_bytes()[:3000])
+    run("shard", "videos", folder, "--out", tmp_path / "whole")
+    whole = read_set(str(tmp_path / "whole"))
+    (raw,) = samples(whole).values()
+    assert raw.files["mp4"] == (folder / "film.mp4").read_bytes()
+    assert raw.facts() == {"file": "film.mp4", "frames": 25, "fps": 10.0, "height": 48, "width": 64}
+    assert [skipped.name for skipped in whole.skipped] == ["cut.mp4"]
+    run("shard", "videos", folder, "--out", tmp_path / "clips", "--clip-seconds", 0.8)
+    clips = read_set(str(tmp_path / "clips"))
+    facts = {key: raw.facts() for key, raw in samples(clips).items()}
+    assert {key: (fact["first_frame"], fact["frames"]) for key, fact in facts.items()} == {
+        **{"film-0000": (0, 8), "film-0001": (8, 8), "film-0002": (16, 8)},
+    }
+    assert {raw.caption() for raw in samples(clips).values()} == {"a film"}
+    settings = DecodeSettings(training=False, min_side=16, frames=(8, 8), strides=((1, 1),))
+    items = list(read_items(clips, Decoder("clips", Task.VIDEO_RECONSTRUCTION, "videos", settings)))
+    for number, item in enumerate(items):
+        assert item.pixels is not None
+        error = (item.pixels.float() - np.asarray(frames[8 * number : 8 * number + 8], dtype=np.float32)).abs().mean()
+        assert item.pixels.shape == (8, 48, 64, 3)
+        assert error < 12  # half the colour resolution of noise is lost; another frame would be off by 60
+
+
+def test_assets_are_rendered_once(tmp_path: Path) -> None:
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    (folder / "box.obj").write_text(CUBE)
+    (folder / "box.json").write_text('{"label": "container", "caption": "a box"}')
+    (folder / "bad.obj").write_text("f 1 2 3\n")
+    assert run("shard", "assets", folder, "--out", tmp_path / "out", "--resolution", 12, "--unseen-views", 2) == 0
+    shards = read_set(str(tmp_path / "out"))
+    assert [skipped.name for skipped in shards.skipped] == ["bad.obj"]
+    settings = DecodeSettings(views=18)
+    (item,) = read_items(shards, Decoder("boxes", Task.ASSET_RECONSTRUCTION, "assets", settings))
+    assert item.features is not None
+    assert item.coordinates is not None
+    assert item.views is not None
+    # The shell of a cube of 12 voxels, all of it.
+    assert len(item.coordinates) == 12**3 - 10**3
+    assert item.views.pictures.shape == (18, 256, 256, 4)
+    assert item.caption == "a box"
+    assert item.facts["label"] == "container"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["images", "{nothing}", "--out", "{out}"], "no images in it"),
+        (["images", "{missing}", "--out", "{out}"], "is not a folder"),
+        (["images", "{pictures}", "--out", "{pictures}/sub"], "lies inside"),
+        (["images", "{pictures}", "--out", "{out}", "--captions", "{pictures}/a.txt"], "captions come as .csv"),
+        (["images", "{pictures}", "--out", "{out}", "--captions", "{nothing}/x.csv"], "no such file"),
+        (["images", "{pictures}", "--out", "{taken}"], "taken"),
+    ],
+)
+def test_what_cannot_be_sharded_is_said_in_one_line(
+    arguments: list[str], message: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "shard-000000.tar").write_bytes(b"mine")
+    places = {name: str(tmp_path / name) for name in ("nothing", "missing", "out", "taken")}
+    assert run("shard", *[argument.format(pictures=pictures, **places) for argument in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "taken" / "shard-000000.tar").read_bytes() == b"mine"
+
+
+def test_tables_of_captions(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    table.write_text('{"file": "x/a.png", "caption": "first", "score": 0.5}\n\n{"file": "b.png", "label": "dog"}\n')
+    found = Captions.of(tmp_path, table)
+    assert found.facts(tmp_path / "x" / "a.png") == {"caption": "first", "score": 0.5}
+    assert found.facts(tmp_path / "b.png") == {"label": "dog"}
+    assert found.facts(tmp_path / "c.png") == {}
+    table.write_text('{"file": "a"}\n{"caption": "b"}\n')
+    with pytest.raises(InputError, match="row 2 names no file"):
+        Captions.of(tmp_path, table)
+    table.write_text("[1]\n")
+    with pytest.raises(InputError, match="line 1: must be a JSON object"):
+        Captions.of(tmp_path, table)
+
+
+def test_checksums_are_compared(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run("shard", "images", pictures, "--out", out)
+    assert run("data", "check", out, "--json") == 0
+    shutil.copy(out / "shard-000000.tar", tmp_path / "kept.tar")
+    damaged = bytearray((out / "shard-000000.tar").read_bytes())
+    damaged[700] ^= 1
+    (out / "shard-000000.tar").write_bytes(damaged)
+    capsys.readouterr()
+    assert run("data", "check", out, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["shards"] == 1
+    assert "other checksum" in report["wrong"][0]
