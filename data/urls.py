@@ -1,15 +1,17 @@
 """Opening what a URL names as a stream, and finding the URLs that a pattern stands for.
 
 A shard is read once, from its first byte to its last, so every source is a plain stream with a large read-ahead:
-one request for http(s), blocks in order for object stores, the output of a command for `pipe:`. Nothing is downloaded
-as a whole. Whatever goes wrong while reading becomes a `SampleError` with the cause "unreachable shard", so that it is
-never mistaken for the end of a file; a package that is missing stays an `InputError`, since no shard can be read then.
+one request for http(s), taken up again where it broke off if the server can; blocks in order for object stores; the
+output of a command for `pipe:`. Nothing is downloaded as a whole. Whatever goes wrong while reading becomes a
+`SampleError` with the cause "unreachable shard", so that it is never mistaken for the end of a file; a package that is
+missing stays an `InputError`, since no shard can be read then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import http
 import io
 import itertools
 import os
@@ -20,7 +22,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -204,26 +206,25 @@ def _open_raw(url: str, tries: int, backoff: float, timeout: float) -> Any:
             return local_path(url).open("rb", buffering=0)
         except OSError as error:
             raise _unreachable(url, error, timeout) from error
+    if scheme in ("http", "https"):
+        return _Download(url, tries, backoff, timeout)
     system, path = _file_system(url)
-    options = _streaming(timeout) if scheme in ("http", "https") else {"block_size": BLOCK, "cache_type": "readahead"}
-    for attempt in itertools.count(1):
+    return _tried(
+        lambda: system.open(path, "rb", block_size=BLOCK, cache_type="readahead"), url, tries, backoff, timeout
+    )
+
+
+def _tried(attempt: Callable[[], Any], url: str, tries: int, backoff: float, timeout: float) -> Any:
+    """What `attempt` gives, at the latest by the last of `tries`."""
+    for left in reversed(range(tries)):
         try:
-            return system.open(path, "rb", **options)
+            return attempt()
         except Exception as error:
-            if attempt >= tries or _permanent(error):
+            if left == 0 or _permanent(error):
                 raise _unreachable(url, error, timeout) from error
-        time.sleep(backoff * 2 ** (attempt - 1))
-    raise AssertionError("the loop above ends by return or raise")
-
-
-def _streaming(timeout: float) -> dict[str, Any]:
-    """One request for the whole file: needs no server that knows ranges, and its stream shows a lost connection."""
-    import aiohttp
-
-    # The limits are for each wait: the default limit is for the whole file, which large shards on slow lines pass.
-    limits = aiohttp.ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
-    # With any size given, fsspec asks no HEAD before, which presigned URLs refuse; a stream does not use it.
-    return {"block_size": 0, "size": 1, "timeout": limits}
+        time.sleep(backoff)
+        backoff *= 2
+    raise InputError(f"{url}: must be tried at least once")
 
 
 def _permanent(error: Exception) -> bool:
@@ -235,7 +236,7 @@ def _permanent(error: Exception) -> bool:
 
 def _file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for `url`, and its path there."""
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     scheme = scheme_of(url)
     try:
@@ -247,6 +248,68 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise InputError(f"{url}: {' '.join(str(error).split())}") from None
     return system, str(path)
+
+
+class _Download(io.RawIOBase):
+    """One request for a whole file, as fsspec streams it.
+
+    A reader that is slow, for a validation or a checkpoint, makes servers hang up: then the rest is asked for, where
+    the server knows ranges. What it sends in place of a rest is not used.
+    """
+
+    def __init__(self, url: str, tries: int, backoff: float, timeout: float) -> None:
+        self._system, self._path = _file_system(url)
+        self._tries, self._backoff, self._timeout = tries, backoff, timeout
+        self._position = 0
+        self._file = _tried(self._request, url, tries, backoff, timeout)
+        self._tag = str(self._file.r.headers.get("ETag", ""))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        for left in reversed(range(self._tries)):
+            try:
+                count = int(self._file.readinto(buffer))
+            except Exception:
+                if left == 0 or not self._go_on():
+                    raise
+            else:
+                self._position += count
+                return count
+        return 0
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def _request(self, **headers: str) -> Any:
+        import aiohttp
+
+        # The limits are for each wait: the default one is for the whole file, which large shards on slow lines pass.
+        limits = aiohttp.ClientTimeout(
+            total=None, connect=self._timeout, sock_connect=self._timeout, sock_read=self._timeout
+        )
+        # With any size given, fsspec asks no HEAD before, which presigned URLs refuse; a stream does not use it.
+        # Compression on the way would make a rest useless.
+        options = {"block_size": 0, "size": 1, "timeout": limits}
+        return self._system.open(self._path, "rb", **options, headers={"Accept-Encoding": "identity", **headers})
+
+    def _go_on(self) -> bool:
+        """Ask for the rest, of the same file."""
+        time.sleep(self._backoff)
+        headers = {"Range": f"bytes={self._position}-"}
+        if self._tag and not self._tag.startswith("W/"):
+            headers["If-Range"] = self._tag
+        with contextlib.suppress(Exception):  # the first failure is the one to tell
+            rest = self._request(**headers)
+            if rest.r.status == http.HTTPStatus.PARTIAL_CONTENT:
+                self._file.close()
+                self._file = rest
+                return True
+            rest.close()
+        return False
 
 
 class _Command(io.RawIOBase):
