@@ -43,6 +43,9 @@ from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
 from tokenizer.media import VideoReader, load_image
 
 IMAGE_SIDE, FRAMES, VIEWS = 256, 16, 4
+FILM_FRAMES = 48
+FILM_SIZE = (144, 256)
+"""Rows and columns of the frames, as `IMAGE_SIDE` makes them."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,13 @@ def photographs(count: int) -> list[Record]:
 
 
 def films(count: int) -> list[Record]:
-    """Copies of the demonstration's clip, 256 pixels wide."""
+    """Copies of the demonstration's clip, enlarged to 640 x 360 and played forth and back for two seconds."""
+    from PIL import Image
+
     video = VideoReader(CLIP)
-    clip = encoded_clip(video.read()[: 2 * FRAMES], video)
+    frames = [Image.fromarray(frame).resize((640, 360), Image.Resampling.BICUBIC) for frame in video.frames()]
+    forth = np.stack([np.asarray(frame) for frame in frames])
+    clip = encoded_clip(np.concatenate([forth, forth[::-1]])[:FILM_FRAMES], video.fps)
     return [Record(f"{number:06d}", {"mp4": clip, "txt": b"a bunny"}) for number in range(count)]
 
 
@@ -133,10 +140,11 @@ def bare_image(sample: dict[str, bytes]) -> object:
 
 
 def bare_video(sample: dict[str, bytes]) -> object:
-    """Decode the same frames at their own size, which is that of the clip."""
+    """Decode the same frames, reduced to the same size."""
     import decord
 
-    reader = decord.VideoReader(io.BytesIO(sample["mp4"]), num_threads=1)
+    rows, columns = FILM_SIZE
+    reader = decord.VideoReader(io.BytesIO(sample["mp4"]), width=columns, height=rows, num_threads=1)
     frames = reader.get_batch(list(range(FRAMES))).asnumpy()
     return frames[:, : frames.shape[1] // 16 * 16, : frames.shape[2] // 16 * 16], sample["txt"].decode()
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class VideoMaker:
             first = number * length
             yield record(
                 f"{key_of(name)}-{number:04d}",
-                {"mp4": encoded_clip(block, video)},
+                {"mp4": encoded_clip(block, video.fps)},
                 facts,
                 file=name,
                 first_frame=first,
@@ -123,11 +124,11 @@ def key_of(name: str) -> str:
     return os.path.splitext(name)[0].replace(".", "_")  # noqa: PTH122 - a name, not a path on this machine
 
 
-def encoded_clip(frames: NDArray[np.uint8], video: VideoReader) -> bytes:
-    """uint8 [T, H, W, 3] as an MP4, nearly without loss, at the rate of the video it comes from."""
+def encoded_clip(frames: NDArray[np.uint8], fps: Fraction | float) -> bytes:
+    """uint8 [T, H, W, 3] as an MP4, nearly without loss, at a rate of frames a second."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        with VideoWriter(path, video.fps, video.height, video.width) as writer:
+        with VideoWriter(path, fps, frames.shape[1], frames.shape[2]) as writer:
             writer.write(frames)
         return path.read_bytes()
 
