@@ -18,15 +18,19 @@ from rich.console import Console
 
 from data.shards.manifest import ShardSet
 from data.shards.writer import write_set
-from data.sources import clips, emoji, fashion, furniture_set, games, photographs, stamps
+from data.sources.clips import SET as CLIPS
+from data.sources.emoji import SET as EMOJI
+from data.sources.fashion import SET as FASHION
+from data.sources.furniture_set import SET as FURNITURE
+from data.sources.games import SET as GAMES
 from data.sources.packages import install_hint
+from data.sources.photographs import SET as PHOTOGRAPHS
 from data.sources.sets import OpenSet, Options
+from data.sources.stamps import SET as STAMPS
 from tokenizer.errors import InputError
 from tokenizer.voxels import MAX_RESOLUTION
 
-SETS: dict[str, OpenSet] = {
-    module.SET.name: module.SET for module in (emoji, furniture_set, games, photographs, clips, fashion, stamps)
-}
+SETS: dict[str, OpenSet] = {one.name: one for one in (EMOJI, FURNITURE, GAMES, PHOTOGRAPHS, CLIPS, FASHION, STAMPS)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ def _version(about: bytes) -> str:
 SET = OpenSet(
     name="emoji",
     kind="images",
-    size="3,786 pictures of 64 x 64, 13 MB",
+    size="3,786 pictures of 64 x 64, 25 MB",
     licence=EMOJI.licence,
     citation="Noto Emoji by Google (Apache-2.0), in emoji-datasource-google by Cal Henderson (MIT)",
     packages=(EMOJI,),

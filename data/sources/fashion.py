@@ -91,7 +91,7 @@ def _plan(options: Options) -> Plan:
 SET = OpenSet(
     name="fashion",
     kind="images",
-    size="70,000 grey pictures of 28 x 28, 160 MB",
+    size="70,000 grey pictures of 28 x 28, 230 MB",
     licence=FASHION.licence,
     citation="Xiao, Rasul, Vollgraf: Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms "
     "(arXiv:1708.07747)",

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -90,11 +91,16 @@ def _read_catalogue(archive: Path) -> Iterator[Model]:
             archive=str(archive),
             number=number,
             path=values[f"model#{number}"].lstrip("/"),
-            name=values.get(f"name#{number}", ""),
-            category=values.get(f"category#{number}", ""),
-            licence=values.get("license", ""),
-            creator=values.get(f"creator#{number}", ""),
+            name=_text(values.get(f"name#{number}", "")),
+            category=_text(values.get(f"category#{number}", "")),
+            licence=_text(values.get("license", "")),
+            creator=_text(values.get(f"creator#{number}", "")),
         )
+
+
+def _text(value: str) -> str:
+    """A value of a Java properties file: "50\\u20ac" -> "50€"."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), value).strip()
 
 
 def load(model: Model) -> Mesh:
@@ -170,17 +176,28 @@ def read_views(file: Path) -> tuple[Views, Views]:
 
 
 def stored_models(folder: Path) -> list[Model]:
-    """The models that the manifest of a store lists.
+    """The models that the manifest of a store lists; with creators, as far as the store or the package knows them.
 
     Raises:
         InputError: no store there.
     """
+    installed = catalogue() if FURNITURE.files() else []
+    known = {(Path(model.archive).name, model.number): model for model in installed}
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["models"]
         names = [field.name for field in fields(Model)]
-        return [Model(**{name: entry[name] for name in names if name in entry}) for entry in entries]
+        stored = [Model(**{name: entry[name] for name in names if name in entry}) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder}: no store of furniture; python -m data.sources.furniture makes one") from None
+    # Stores of earlier versions lack creators and have names as the catalogue escapes them.
+    return [
+        replace(
+            model,
+            name=_text(model.name),
+            creator=model.creator or (known[key].creator if (key := (model.archive, model.number)) in known else ""),
+        )
+        for model in stored
+    ]
 
 
 def build(out: Path, workers: int, limit: int | None = None) -> dict[str, int]:

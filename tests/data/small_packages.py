@@ -72,9 +72,8 @@ def _fashion(root: Path) -> None:
 
 def _furniture(root: Path) -> None:
     root.mkdir(parents=True)
-    entries = "".join(
-        f"name#{n}=Board {n}\ncategory#{n}=Boards\nmodel#{n}=/board/board.obj\ncreator#{n}=Ann\n" for n in (9, 10)
-    )
+    common = "category#{n}=Boards\nmodel#{n}=/board/board.obj\ncreator#{n}=Ann\n"
+    entries = "".join(f"name#{n}=Board {n}\\u20ac\n" + common.format(n=n) for n in (9, 10))
     with zipfile.ZipFile(root / "Tiny.sh3f", "w") as archive:
         archive.writestr(furniture.CATALOGUE, f"license=CC0\n{entries}name#11=Lost\nmodel#11=/lost/lost.obj\n")
         archive.writestr("board/board.obj", "v 0 0 0\nv 2 0 0\nv 2 0 1\nv 0 0 1\nf 1 2 3 4\n")

@@ -182,7 +182,7 @@ def test_furniture_from_a_store_is_the_furniture_that_is_rendered(tmp_path: Path
     assert _same(stored, rendered)
     assert [entry.name for entry in rendered["train"].skipped] == ["Tiny.sh3f, model 11"]
     sample = _samples(stored["evaluation"])["tiny-010"]
-    assert sample.caption() == "board 10, boards"
+    assert sample.caption() == "board 10€, boards"
     facts = sample.facts()
     assert (facts["label"], facts["creator"], facts["licence"], facts["resolution"]) == ("boards", "Ann", "CC0", 32)
     voxels = decode_voxels(sample.files, facts, sample.id)
