@@ -44,7 +44,7 @@ HEAVY = (
         "skimage",
         "sklearn",
     ),
-    *("torchmetrics", "transformer_engine", "transformers", "trimesh", "vllm", "webdataset", "fsspec"),
+    *("torchmetrics", "transformer_engine", "transformers", "trimesh", "vllm", "webdataset"),
 )
 
 
