@@ -2,7 +2,7 @@
 
 The voxels are packed from the seen views by the rule "surface"; seen and unseen views are kept for losses and measures.
 Views come from a store that `python -m data.sources.furniture` made, where one is given, and are rendered otherwise;
-both give the same bytes.
+the same renderer gives the same bytes both ways.
 """
 
 from __future__ import annotations
