@@ -1,8 +1,8 @@
 # make demo    tokenize and reconstruct a photograph, a clip and a 3D model with the bundled model
 # make test    the test suite
 # make lint    ruff and mypy
-# make bench   speed of the tokenizer, and of 3D assets and their rasteriser, on this machine
-# make nano    build the training data, train the bundled models anew and measure them (hours on a CPU)
+# make bench   speed of the tokenizer, of 3D assets and their rasteriser, and of loading, on this machine
+# make nano    install and build the training data, train the bundled models anew and measure them (hours on a CPU)
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
 # from:  make test PYTHON=python3.12 TORCH_ARGS='--index-url URL'
@@ -31,8 +31,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m benchmarks.assets
+	$(BIN)/python -m benchmarks.data
 
 nano: $(READY)
+	scripts/install_data.sh $(BIN)/python
 	$(BIN)/python -m data.sources.nano --out datasets/nano --seed 0
 	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano.yaml
 	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano-d.yaml
