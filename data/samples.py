@@ -90,6 +90,17 @@ class Raw:
                 raise InputError(f"{self.id}.json: 'caption' must be text, not {type(text).__name__}")
         return text if text.strip() else None
 
+    def label(self) -> str | None:
+        """Name of its class: "label" of KEY.json, else what KEY.cls says, as sets of other makers have it.
+
+        Raises:
+            InputError: as `facts`.
+        """
+        label = self.facts().get("label")
+        if label is None and "cls" in self.files:
+            label = self.files["cls"].decode("utf-8", errors="replace").strip()
+        return None if label is None or label == "" else str(label)
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:

@@ -32,9 +32,9 @@ class Untouched:
     def __call__(self, raw: Raw, epoch: int) -> Item:
         """As `decode`; raises the same."""
         item = self.decode(raw, epoch)
-        facts = raw.facts()
-        if "cls" in raw.files and "label" not in facts:  # as sets of other makers have it
-            facts["label"] = raw.files["cls"].decode("utf-8", errors="replace").strip()
+        facts, label = raw.facts(), raw.label()
+        # A label may have lain in a file of its own.
+        facts = facts if label is None else {"label": label, **facts}
         return replace(item, caption=raw.caption(), facts=facts)
 
 

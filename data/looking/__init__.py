@@ -1,0 +1,1 @@
+"""What `atoken data show` is made of: samples measured, figures, plots, and sheets of pictures with their captions."""
