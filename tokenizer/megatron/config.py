@@ -71,7 +71,9 @@ class ParallelConfig:
                 f"got {self.pipeline_model_parallel_size}"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise InputError("sequence_parallel splits tokens over tensor ranks: tensor_model_parallel_size must be > 1")
+            raise InputError(
+                "sequence_parallel splits tokens over tensor ranks: tensor_model_parallel_size must be > 1"
+            )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise InputError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
 

@@ -36,7 +36,9 @@ def on_cpu() -> Iterator[None]:
         for name, replacement in _CUDA.items():
             stack.enter_context(patch.object(torch.cuda, name, replacement))
         stack.enter_context(patch.object(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()))
-        stack.enter_context(patch.object(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)))
+        stack.enter_context(
+            patch.object(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state))
+        )
         stack.enter_context(_CudaMeansCpu())
         yield
 

@@ -2,19 +2,16 @@
 
 `import megatron.core` imports Transformer Engine whenever it is installed, and catches nothing but ImportError, so that
 a half-installed one (no torch extension, another CUDA) ends every Megatron program with a RuntimeError or an
-AssertionError. Here the import is hidden from Megatron unless the run wants it. Megatron decides once, at its first
-import, so a process has one of both kinds.
+AssertionError. Here the package is hidden from a process that does not want it. Megatron decides at its first import,
+so a process does with it or without it for as long as it lives.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 
 from tokenizer.errors import InputError, require_package
 
@@ -27,38 +24,42 @@ _PARTS = (
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel.random",
-    "megatron.core.transformer.transformer_block",
     "megatron.core.extensions.transformer_engine",
+    "tokenizer.megatron.model",
 )
-"""Everything this room uses: imported at once, so that no later import meets Transformer Engine after all."""
+"""What this room uses, imported at once: whatever is wrong with an installation shows at the start of a run."""
 
 
 def load_megatron(transformer_engine: bool = False) -> None:
-    """Import Megatron-Core; call it before importing anything from it.
+    """Import Megatron-Core and the modules of this room that build on it; call it before importing one of either.
 
     Args:
-        transformer_engine: let Megatron use Transformer Engine. Without it a broken installation does no harm.
+        transformer_engine: let Megatron use Transformer Engine. Otherwise this process is one in which it is not
+            installed, unless somebody has imported it already; a broken installation then does no harm.
 
     Raises:
-        InputError: Megatron-Core is missing, Transformer Engine is missing or broken, or Megatron was imported without
-            it earlier in this process.
+        InputError: Megatron-Core is missing, Transformer Engine is missing or broken, or this process was told earlier
+            to do without it.
     """
     require_package("megatron", "training with Megatron-Core", "megatron")
     if transformer_engine:
         _require_engine()
-    with nullcontext() if transformer_engine else _hidden_engine(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is not installed beside it: apex, Transformer Engine
+    else:
+        # Megatron imports it in functions too, so it stays hidden. None makes `import` raise ImportError.
+        sys.modules.setdefault(_ENGINE, None)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not installed beside it: apex, Transformer Engine
         try:
             for part in _PARTS:
                 importlib.import_module(part)
         except ImportError as error:
             raise InputError(f"Megatron-Core cannot be imported: {_line(error)}") from None
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    if transformer_engine and not sys.modules["megatron.core.transformer.transformer_block"].HAVE_TE:
-        raise InputError("Megatron was imported without Transformer Engine in this process; start one for FP8 alone")
 
 
 def _require_engine() -> None:
+    if _ENGINE in sys.modules and sys.modules[_ENGINE] is None:
+        raise InputError("this process has loaded Megatron without Transformer Engine; start another one for FP8")
     require_package(_ENGINE, "transformer_impl 'transformer_engine'")
     try:
         importlib.import_module(f"{_ENGINE}.pytorch")
@@ -67,20 +68,6 @@ def _require_engine() -> None:
             f"Transformer Engine is installed but cannot be imported; reinstall it for this torch and CUDA, "
             f"or use transformer_impl 'local': {_line(error)}"
         ) from None
-
-
-@contextmanager
-def _hidden_engine() -> Iterator[None]:
-    """`import transformer_engine` raises ImportError in here, installed or not."""
-    known = {name: module for name, module in sys.modules.items() if name.split(".")[0] == _ENGINE}
-    for name in known:
-        del sys.modules[name]
-    sys.modules[_ENGINE] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[_ENGINE]
-        sys.modules.update(known)
 
 
 def _line(error: Exception) -> str:

@@ -138,7 +138,7 @@ def _join(shares: Sequence[Tensor], weight: Weight, config: ATokenConfig) -> Ten
     if not weight.heads:
         return whole
     heads = stacks(config)[weight.part].heads
-    return whole.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return _swapped(whole, (heads, 3, -1))
 
 
 def _heads_first(tensor: Tensor, weight: Weight, config: ATokenConfig) -> Tensor:
@@ -146,7 +146,13 @@ def _heads_first(tensor: Tensor, weight: Weight, config: ATokenConfig) -> Tensor
     if not weight.heads:
         return tensor
     heads = stacks(config)[weight.part].heads
-    return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+    return _swapped(tensor, (3, heads, -1))
+
+
+def _swapped(rows: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """Rows [a, b, Dh] -> rows [b, a, Dh], both flattened."""
+    swapped: Tensor = rows.unflatten(0, sizes).transpose(0, 1).flatten(0, 2)
+    return swapped
 
 
 def _config(model: nn.Module) -> ATokenConfig:

@@ -1,8 +1,8 @@
 """Names of the same weight in the native and the Megatron model: one table, read both ways.
 
-`PART` stands for encoder and decoder, `N` for the number of a block, `*` for the rest of a name. A weight with `axis` is
-split along it over tensor ranks; all others are whole on each. `heads` marks qkv: natively its rows are [3, heads, Dh],
-in Megatron [heads, 3, Dh], so that a contiguous share of them is a share of the heads.
+`PART` stands for encoder and decoder, `N` for the number of a block, `*` for the rest of a name. A weight with `axis`
+is split along it over tensor ranks; all others are whole on each. `heads` marks qkv: natively its rows are
+[3, heads, Dh], in Megatron [heads, 3, Dh], so that a contiguous share of them is a share of the heads.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ENGINE_NAMES = {
     "input_layernorm": "self_attention.linear_qkv.layer_norm",
     "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm",
 }
-"""Where Transformer Engine's fused layers keep the norms of a local layer: `NORM.weight` is `LAYER.layer_norm_weight`."""
+"""Where Transformer Engine's fused layers keep a local layer's norms: `NORM.weight` is `LAYER.layer_norm_weight`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,9 +182,7 @@ class EngineAttention(CoreAttention):
     ) -> Tensor:
         """[T, H, Dh] each -> [T, H, Dh] or [T, H Dh], as Transformer Engine likes."""
         query, key = self.prepared(query, key, packed_seq_params)
-        output: Tensor = self.inner(
-            query, key, value, attention_mask, packed_seq_params=packed_seq_params, **options
-        )
+        output: Tensor = self.inner(query, key, value, attention_mask, packed_seq_params=packed_seq_params, **options)
         return output
 
 
@@ -192,7 +190,10 @@ class ShardedHeadNorm(HeadNorm):
     """The native QK norm over the heads of one tensor rank; in checkpoints its heads are joined."""
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None  # noqa: ARG002
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> Any:
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"scale": 0}, sharded_offsets)
