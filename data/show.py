@@ -73,6 +73,8 @@ class Report:
         told.append(f"{figures['with_caption']:.0%} with captions{labels}")
         broken = ", ".join(f"{cause}: {count}" for cause, count in figures["broken"].items())
         told.append(f"broken: {broken} (named in broken.jsonl)" if broken else "broken: none")
+        if "latent_space" in figures["facts"]:
+            told.append(_latents_line(figures["facts"]))
         if figures["left_out_when_made"]:
             told.append(f"left out when the set was made: {figures['left_out_when_made']} (named in its manifest)")
         return told
@@ -86,7 +88,8 @@ class Report:
             shown.add_row(*row)
         buffer = io.StringIO()
         Console(file=buffer, width=100).print(shown)
-        return "\n".join([*self.lines(), buffer.getvalue().rstrip(), f"written to {self.out}: sheet.png, index.html"])
+        rows = [row.rstrip() for row in buffer.getvalue().splitlines()]
+        return "\n".join([*self.lines(), *rows, f"written to {self.out}: sheet.png, index.html"])
 
 
 def show(
@@ -155,6 +158,17 @@ def first_samples(found: ShardSet, limit: int, seed: int) -> ShardSet:
         left -= share
         shares[number] = dataclasses.replace(shard, samples=share)
     return dataclasses.replace(found, shards=tuple(shares[number] for number in chosen))
+
+
+def _latents_line(facts: Mapping[str, Any]) -> str:
+    line = f"{facts.get('latents', 'latents')} of {facts.get('model')}, latent space {facts['latent_space']}"
+    statistics = facts.get("statistics")
+    if not statistics:
+        return line
+    spans = [
+        f"{name} {min(values):.3g} to {max(values):.3g}" for name in ("mean", "std") if (values := statistics[name])
+    ]
+    return f"{line}; {len(statistics['mean'])} channels, {' and '.join(spans)}"
 
 
 def _drawn(part: ShardSet, count: int, seed: int) -> frozenset[tuple[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,8 @@ def _chosen(figures: Figures, statistics: Mapping[str, Any] | None, fonts: Fonts
         ]
     if "voxels" in figures.values:
         plots.append(_histogram(figures, "voxels", "voxels of assets"))
-    plots.append(_histogram(figures, "tokens", "tokens of a sample, at native resolution"))
+    native = ", at native resolution" if "height" in figures.values else ""
+    plots.append(_histogram(figures, "tokens", f"tokens of a sample{native}"))
     if figures.captions:
         plots.append(_histogram(figures, "caption_words", "words of captions"))
         plots.append(_histogram(figures, "caption_characters", "characters of captions"))
@@ -80,7 +81,8 @@ def _sizes(panel: Axes, figures: Figures) -> None:
     panel.scatter(width, height, s=12, alpha=min(1.0, max(0.05, 30 / len(width))), color=_COLOUR, linewidths=0)
     panel.set(xlabel="width, pixels", ylabel="height, pixels", title="sizes")
     if min(width.min(), height.min()) * 8 < max(width.max(), height.max()):
-        panel.set(xscale="log", yscale="log")
+        _logarithmic(panel, "x", width)
+        _logarithmic(panel, "y", height)
 
 
 def _histogram(figures: Figures, name: str, title: str, *, log: bool | None = None) -> Plot:
@@ -91,13 +93,28 @@ def _histogram(figures: Figures, name: str, title: str, *, log: bool | None = No
     def draw(panel: Axes) -> None:
         wide = values.min() > 0 and values.max() > 30 * values.min() if log is None else log
         panel.hist(values, bins=_bins(values, log=wide).tolist(), color=_COLOUR)
-        panel.set(title=title, ylabel="samples", xscale="log" if wide else "linear")
+        panel.set(title=title, ylabel="samples")
+        if wide:
+            _logarithmic(panel, "x", values)
         panel.yaxis.set_major_locator(MaxNLocator(integer=True))
         median = float(np.median(values))
         panel.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:.4g}")
         panel.legend(frameon=False)
 
     return draw
+
+
+def _logarithmic(panel: Axes, axis: Literal["x", "y"], values: NDArray[np.float64]) -> None:
+    """With ticks that are plain numbers, as many as there is room for."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    span = float(values.max() / values.min())
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if span < 10 else (1, 2, 5) if span < 1000 else (1,)
+    panel.set(**{f"{axis}scale": "log"})
+    ticks = panel.xaxis if axis == "x" else panel.yaxis
+    ticks.set_major_locator(LogLocator(subs=subs))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_locator(NullLocator())
 
 
 def _bins(values: NDArray[np.float64], *, log: bool) -> NDArray[np.float64]:

@@ -43,19 +43,19 @@ def draw_sheet(path: Path, items: Sequence[Item], kind: Kind, fonts: Fonts) -> N
     """Write the sheet as PNG.
 
     Args:
-        items: with pixels where there is a picture; see `data.looking.look`.
+        items: at least one, with pixels where there is a picture; see `data.looking.look`.
     """
     rows, columns = BOXES[kind]
-    across = max(1, min(math.ceil(math.sqrt(len(items) * 1.5)), _SHEET_WIDTH // (columns + _MARGIN)))
+    across = min(len(items), math.ceil(math.sqrt(len(items) * 1.5)), _SHEET_WIDTH // (columns + _MARGIN))
     down = -(-len(items) // across)
-    # Under a picture its label, its measures and its caption.
-    cell = (rows + (_LINES + 2) * _LINE + _MARGIN, columns + _MARGIN)
+    texts = [_lines(item, columns, fonts) for item in items]
+    cell = (rows + max(len(lines) for lines in texts) * _LINE + 2 * _MARGIN, columns + _MARGIN)
     sheet = Image.new("RGB", (across * cell[1] + _MARGIN, down * cell[0] + _MARGIN), _PAPER)
     drawing = ImageDraw.Draw(sheet)
-    for number, item in enumerate(items):
+    for number, (item, lines) in enumerate(zip(items, texts, strict=True)):
         left, top = _MARGIN + number % across * cell[1], _MARGIN + number // across * cell[0]
         _place(sheet, item, left, top, (rows, columns))
-        for line_number, line in enumerate(_lines(item, columns, fonts)):
+        for line_number, line in enumerate(lines):
             place = (left, top + rows + 2 + line_number * _LINE)
             drawing.text(place, line.text, line.colour, font=fonts.font_for(line.text, _TEXT))
     with atomic_path(path) as temporary:
@@ -90,6 +90,8 @@ def _place(sheet: Image.Image, item: Item, left: int, top: int, box: tuple[int, 
 
 
 def _lines(item: Item, width: int, fonts: Fonts) -> list[Line]:
+    """Label, measures and caption, each where there is one; of nameless samples the key."""
+
     def cut(text: str, lines: int) -> list[str]:
         return wrapped(text, fonts.font_for(text, _TEXT).getlength, width, lines)
 
