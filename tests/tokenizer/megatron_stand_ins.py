@@ -33,7 +33,12 @@ class LayerNormLinear(ColumnParallelLinear):  # type: ignore[misc]
             return super().forward(F.rms_norm(x, shape, weight, eps))
         return super().forward(F.layer_norm(x, shape, weight, self.layer_norm_bias, eps))
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), *_: Any) -> ShardedStateDict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: Any = None,  # noqa: ARG002
+    ) -> ShardedStateDict:
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
 
