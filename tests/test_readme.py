@@ -33,7 +33,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ASSET, "bread.glb")
     Path("pictures").mkdir()
     shutil.copy(PHOTOGRAPH, "pictures/one.jpg")
+    run("shard", "images", "pictures", "--out", "shards")
     return tmp_path
+
+
+def run(*words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0, words
 
 
 def test_python(workplace: Path, tiny_models: Path) -> None:
@@ -58,9 +65,7 @@ def test_commands(workplace: Path) -> None:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         elif words:
             assert words[0] == "atoken"
-            with pytest.raises(SystemExit) as stop:
-                main(words[1:])
-            assert stop.value.code == 0, line
+            run(*words[1:])
             ran += 1
     assert ran >= 8
     assert (workplace / "pairs" / "one.png").is_file()
