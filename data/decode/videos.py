@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.decode.images import cut
+from data.decode.mp4 import video_track
 from data.resolution import Size, View
 from data.samples import SampleError
 from tokenizer.errors import InputError
@@ -41,7 +42,8 @@ ChooseFrames = Callable[[NDArray[np.float64]], Sequence[int]]
 
 _FAST_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
 _SLOW_CODECS = ("vp8",)
-"""Its packets that hold no frame to show are counted by decord."""
+_SLOW_TAGS = ("vp08", "av01")
+"""Packets of VP8 that hold no frame to show are counted by decord; AV1 it cannot decode."""
 
 _MISSING_SECONDS = 0.5
 """A container may declare this much more than its frames take (rounding); more may be missing from its end."""
@@ -100,6 +102,22 @@ class _DisagreementError(Exception):
 
 def _read_header(path: Path, data: bytes) -> _Header | None:
     """None: not for decord, whatever it is."""
+    header = _boxed_header(data) or _probed_header(path)
+    if header is None or not 0 < header.size[0] * header.size[1] < MAX_PIXELS:
+        return None
+    # Damaged; decord makes room for as many frames as are declared, or aborts the process.
+    return None if header.frames > len(data) else header
+
+
+def _boxed_header(data: bytes) -> _Header | None:
+    track = video_track(data)
+    if track is None or track.codec in _SLOW_TAGS:
+        return None
+    size = (track.width, track.height) if track.turned else (track.height, track.width)
+    return _Header(size, track.frames, track.seconds)
+
+
+def _probed_header(path: Path) -> _Header | None:
     import av
 
     try:
@@ -107,32 +125,11 @@ def _read_header(path: Path, data: bytes) -> _Header | None:
         with av.open(str(path), options={"probesize": "32"}) as container:
             stream = container.streams.video[0]
             codec: Any = stream.codec_context
-            size = (codec.height, codec.width)
             if container.format.name not in _FAST_FORMATS or codec.name in _SLOW_CODECS:
                 return None
-            if not 0 < size[0] * size[1] < MAX_PIXELS:
-                return None
-            seconds = (container.duration or 0) / 1e6
-            return _Header((size[1], size[0]) if _lies_on_its_side(data) else size, stream.frames, seconds)
+            return _Header((codec.height, codec.width), stream.frames, (container.duration or 0) / 1e6)
     except Exception:  # PyAV raises its own errors, and standard ones for fields that make no sense
         return None
-
-
-def _lies_on_its_side(data: bytes) -> bool:
-    """Whether an MP4 or MOV file says that its frames are to be turned by a quarter.
-
-    Its track headers do (ISO/IEC 14496-12, 8.3.2), and PyAV does not tell before a frame is decoded.
-    """
-    if data[4:8] != b"ftyp":
-        return False
-    start = -1
-    while (start := data.find(b"tkhd", start + 1)) >= 0:
-        version = data[start + 4 : start + 5]
-        first = start + (56 if version == b"\1" else 44)  # behind flags, times, track, duration, layer and volume
-        matrix = np.frombuffer(data[first : first + 36].ljust(36, b"\0"), ">i4").reshape(3, 3) / 65536
-        if matrix[0, 0] == 0 == matrix[1, 1] and abs(matrix[0, 1]) == 1 == abs(matrix[1, 0]):
-            return True
-    return False
 
 
 def _read_fast(path: Path, header: _Header, view: View, frames: ChooseFrames, threads: int) -> NDArray[np.uint8]:
