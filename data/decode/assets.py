@@ -95,6 +95,11 @@ def encode_asset_files(
     parts = [seen] if unseen is None else [seen, unseen]
     if len({views.size for views in parts}) != 1:
         raise InputError(f"views of one asset must have one size, got {[views.size for views in parts]}")
+    count = sum(len(views) for views in parts)
+    if max(_grid(count)) * seen.size > MAX_SIDE:
+        raise InputError(
+            f"{count} views of {seen.size} x {seen.size} do not fit a WebP of {MAX_SIDE} pixels a side; store fewer"
+        )
     cameras = [views.cameras.to(dtype=torch.float32) for views in parts]
     tensors = {
         "features": (features.float() * 255).round().clamp(0, 255).to(torch.uint8),
@@ -103,16 +108,15 @@ def encode_asset_files(
         "intrinsics": torch.cat([camera.intrinsics for camera in cameras]),
         "seen": torch.cat([torch.full((len(views),), views is seen) for views in parts]),
     }
-    pictures = np.concatenate([views.colours for views in parts])
     files = {
         VOXELS_EXTENSION: safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}),
-        VIEWS_EXTENSION: _encode_views(pictures),
+        VIEWS_EXTENSION: _encode_views(np.concatenate([views.colours for views in parts])),
     }
     facts = {
         "resolution": resolution,
         "rule": rule,
         "view_size": seen.size,
-        "views": len(pictures),
+        "views": count,
         "to_original": [list(row) for row in size.to_original],
     }
     return files, facts
@@ -197,10 +201,6 @@ def _encode_views(pictures: NDArray[np.uint8]) -> bytes:
     """uint8 [V, H, H, 4] -> one WebP."""
     rows, columns = _grid(len(pictures))
     size = pictures.shape[1]
-    if max(rows, columns) * size > MAX_SIDE:
-        raise InputError(
-            f"{len(pictures)} views of {size} x {size} do not fit a WebP of {MAX_SIDE} pixels a side; store fewer"
-        )
     tiles = np.zeros((rows * columns, size, size, 4), np.uint8)
     tiles[: len(pictures)] = pictures
     grid = tiles.reshape(rows, columns, size, size, 4).transpose(0, 2, 1, 3, 4).reshape(rows * size, columns * size, 4)

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from data.resolution import Size, View
 from data.samples import SampleError
 from tokenizer.errors import InputError
-from tokenizer.media.images import open_image, to_rgb
+from tokenizer.media.images import describe_source, open_image, to_rgb
 
 DAMAGED = "damaged picture"
 
@@ -54,7 +54,7 @@ def read_picture(data: bytes, name: str, view: Callable[[Size], View]) -> NDArra
     Raises:
         SampleError: "damaged picture" for anything that cannot be decoded to its end, or is no picture.
     """
-    with _decoding(name):
+    with _decoding(name, data):
         image = open_image(data)
         plain = image.mode in _PLAIN_MODES and not image.has_transparency_data
         if not plain:
@@ -65,7 +65,7 @@ def read_picture(data: bytes, name: str, view: Callable[[Size], View]) -> NDArra
     _, swapped, _ = _TURNS.get(orientation, (None, False, None))
     stored = image.size
     chosen = view(stored if swapped else (stored[1], stored[0]))
-    with _decoding(name):
+    with _decoding(name, data):
         rows, columns = chosen.resized
         if image.format == "JPEG":
             wanted = (rows, columns) if swapped else (columns, rows)
@@ -109,12 +109,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(name: str, data: bytes) -> Iterator[None]:
     """Whatever damaged bytes lead Pillow's decoders to, as one error."""
     try:
         yield
     except InputError as error:
-        raise SampleError(DAMAGED, f"{name}: {error}") from None
+        raise SampleError(DAMAGED, f"{name}: {str(error).removeprefix(f'{describe_source(data)}: ')}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SampleError(DAMAGED, f"{name}: the picture is truncated or damaged ({reason})") from None

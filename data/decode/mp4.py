@@ -74,6 +74,9 @@ def _track(body: memoryview) -> VideoTrack | None:
     (codec,) = struct.unpack_from(">4s", parts[b"stsd"], 12)
     width, height = struct.unpack_from(">HH", parts[b"stsd"], 40)
     (frames,) = struct.unpack_from(">I", parts[b"stsz"], 8)
+    if frames != _timed_frames(parts[b"stts"]):
+        # The sum is what FFmpeg takes for the number of frames, and decord makes room for that many at once.
+        raise ValueError("not as many times as frames")
     # Two times come first, in 64 bits each in version 1, as the duration then is.
     long = parts[b"mdhd"][0] == 1
     timescale, duration = struct.unpack_from(">IQ" if long else ">II", parts[b"mdhd"], 20 if long else 12)
@@ -87,6 +90,12 @@ def _leaves(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
             yield from _leaves(body)
         else:
             yield kind, body
+
+
+def _timed_frames(runs: memoryview) -> int:
+    """How many frames have a time, from runs of a number of frames and the time that each of them lasts."""
+    (entries,) = struct.unpack_from(">I", runs, 4)
+    return sum(count for count, _ in struct.iter_unpack(">II", runs[8 : 8 + 8 * entries]))
 
 
 def _turned(header: memoryview) -> bool:

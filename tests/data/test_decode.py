@@ -128,7 +128,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
     @given(place=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=6))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def test_damage_is_one_error(self, kind: str, place: float, flips: list[tuple[float, int]]) -> None:
         encoded = picture_file(scene(1, 70, 90)[0], kind)
         sample = raw({EXTENSION[kind]: damaged(encoded, place, flips)})
@@ -175,6 +175,13 @@ class TestClips:
         np.testing.assert_array_equal(fast, slow)
         np.testing.assert_allclose(times[0], times[1], atol=2e-3)
         np.testing.assert_allclose(times[0], np.arange(40) / 25, atol=2e-3)
+
+    def test_a_header_cannot_take_all_memory(self) -> None:
+        lying = bytearray(clip_file(40))
+        first = lying.find(b"stts") + 12  # the number of frames that last equally long (ISO/IEC 14496-12, 8.6.1.2)
+        lying[first : first + 4] = (0x6F000028).to_bytes(4, "big")
+        with pytest.raises(SampleError, match="declares"):  # decord aborts the process
+            decoder(Task.VIDEO_RECONSTRUCTION)(raw({"mp4": bytes(lying)}), 0)
 
     def test_scaling_while_decoding_cuts_the_same_part(self) -> None:
         view = View(resized=(60, 90), corner=(9, 31), size=(48, 32))
@@ -264,7 +271,7 @@ class TestAssets:
 
     @pytest.mark.parametrize("extension", ["voxels.safetensors", "views.webp", "json"])
     @given(place=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=6))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=40, deadline=None)
     def test_damage_is_one_error(self, extension: str, place: float, flips: list[tuple[float, int]]) -> None:
         files = dict(raw_asset().files)
         # Mostly the header, which is all that can be damaged unnoticed in raw numbers.
