@@ -11,11 +11,14 @@ data:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+from data.batch import Batch
 from data.decode.decoder import Decoder, DecodeSettings
 from data.faults import Quarantine
 from data.loader import Feed, Loader
@@ -23,6 +26,8 @@ from data.mixture import EVERY_STEP, Source, Task
 from data.packing import Oversized
 from data.shards.manifest import read_set
 from data.stream import Reading
+from data.tap import read_items
+from tokenizer.config import parse_config
 from tokenizer.errors import InputError
 
 
@@ -142,3 +147,53 @@ def open_loader(
         quarantine=Quarantine(config.max_broken, quarantine_file),
         timeout=config.timeout,
     )
+
+
+def open_training_loader(
+    settings: Mapping[str, Any], *, seed: int, rank: int, world: int, quarantine_file: Path | None
+) -> Loader:
+    """The loader of one process of a training run, as the entry point "atoken.loaders" wants it.
+
+    Args:
+        settings: of `DataConfig`, as they stand in YAML under `data:`.
+
+    Raises:
+        InputError: as `open_loader`, or settings that are unknown or missing.
+    """
+    config = parse_config(DataConfig, settings, "data")
+    return open_loader(config, seed=seed, rank=rank, world=world, quarantine_file=quarantine_file)
+
+
+def open_held_out(sources: Sequence[Mapping[str, Any]], *, budget: int, limit: int) -> dict[str, list[Batch]]:
+    """Batches of held-out sources by name, as the entry point "atoken.held_out" wants them.
+
+    Samples come in the order of the set and are read as for measuring, not for training: whole pictures, no chance.
+    Broken ones, and ones above the budget, are left out.
+
+    Args:
+        sources: of `SourceConfig` each, as in YAML.
+        budget: tokens of a batch.
+        limit: samples of each source.
+
+    Raises:
+        InputError: as `open_feed`, or a source of which nothing can be used.
+    """
+    found = {}
+    for number, settings in enumerate(sources):
+        config = parse_config(SourceConfig, settings, f"validation.sources {number}")
+        feed = open_feed(replace(config, decode=replace(config.decode, training=False)), seed=0)
+        items = itertools.islice(read_items(feed.shards, feed.decode), limit)
+        batches: list[Batch] = []
+        tokens = budget + 1
+        for item in items:
+            if item.tokens > budget:
+                continue
+            if tokens + item.tokens > budget:
+                batches.append(Batch(config.task, []))
+                tokens = 0
+            batches[-1].items.append(item)
+            tokens += item.tokens
+        if not batches:
+            raise InputError(f"held-out source {config.name}: none of its samples can be used with {budget} tokens")
+        found[config.name] = batches
+    return found

@@ -61,7 +61,7 @@ def start_from_linear_codes(
     torch.nn.init.zeros_(decoder.transformer.norm.get_parameter("weight"))
     torch.nn.init.zeros_(network.encoder.to_posterior.weight)
     if network.quantizer is not None:
-        _write_in_digits(network)
+        write_in_digits(network)
     return figures
 
 
@@ -90,11 +90,11 @@ def start_from_model(network: ATokenNetwork, source: str) -> None:
         raise InputError(f"{source}: does not have the shapes of this run's model ({keys})")
     network.load_state_dict(found)
     if network.skip is not None and network.quantizer is not None and earlier.quantizer is None:
-        _write_in_digits(network)
+        write_in_digits(network)
 
 
 @torch.no_grad()
-def _write_in_digits(network: ATokenNetwork) -> None:
+def write_in_digits(network: ATokenNetwork) -> None:
     """Turn coefficients into digits (`tokenizer.model.digits`): bits go where they lower the error most.
 
     All codes share one allocation, so a channel means the same in each, and the decoder's transformer goes on reading

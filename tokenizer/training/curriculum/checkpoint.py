@@ -1,0 +1,160 @@
+"""Checkpoints of a run: folders that are whole or not there, found again by themselves, a few of them kept.
+
+    out/checkpoints/step-001000/
+        weights.pt     parameters, their averages and the optimizer's moments, by parameter name: any engine reads them
+        loop.json      steps done, settings, counts of bad steps, the best so far, loader states of all processes
+        manifest.json  size and CRC-32 of the two
+
+A folder is written under a hidden name and renamed, so a killed run leaves no half of one. What a disk has spoilt later
+is noticed by the checksums: the checkpoint before is taken then, and one line says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizer.atomic import atomic_path
+from tokenizer.errors import InputError
+from tokenizer.tensorio import write_pt
+
+CHECKPOINTS = "checkpoints"
+"""Folder in that of a run."""
+
+WEIGHTS, LOOP, MANIFEST = "weights.pt", "loop.json", "manifest.json"
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What another run may start from.
+
+    settings: of the run, as `config_to_dict` gave them. average: averaged weights. alignment: settings of the text
+    alignment, where there is one.
+    """
+
+    settings: dict[str, Any]
+    average: dict[str, Tensor]
+    alignment: dict[str, Any] | None
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: of the checkpoints.
+        keep_last: how many of the newest stay; the best stays beside them.
+        say: shows a line.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]) -> None:
+        self.folder, self.keep_last, self._say = folder, keep_last, say
+
+    def save(self, step: int, tensors: Mapping[str, Any], loop: Mapping[str, Any], best: int | None) -> None:
+        """Write the checkpoint of `step` steps, and remove those that are kept no longer.
+
+        Args:
+            tensors: of the engine (`Engine.state_dict`).
+            loop: plain values for JSON.
+            best: steps of the best one.
+        """
+        with atomic_path(self.folder / f"step-{step:06d}") as new:
+            new.mkdir()
+            write_pt(dict(tensors), new / WEIGHTS)
+            (new / LOOP).write_text(json.dumps(loop, allow_nan=False), encoding="utf-8")
+            files = {name: _measure(new / name) for name in (WEIGHTS, LOOP)}
+            (new / MANIFEST).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+        self._prune(best)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, or none."""
+        return newest_good(self.folder, self._say)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half written."""
+        for path in [*self.folder.glob(".step-*.part"), *self.folder.glob(".step-*.part.old")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _prune(self, best: int | None) -> None:
+        for place, (step, path) in enumerate(_newest_first(self.folder)):
+            if place >= self.keep_last and step != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_good(folder: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The newest whole checkpoint in `folder`, or none; `say` hears of damaged ones that were passed over."""
+    damage: list[str] = []
+    for _, path in _newest_first(folder):
+        reason = damage_of(path)
+        if reason is None:
+            if damage and say is not None:
+                say(f"{'; '.join(damage)}; going on from {path.name}")
+            return path
+        damage.append(f"{path} is damaged ({reason})")
+    if damage and say is not None:
+        say(f"{'; '.join(damage)}; no whole checkpoint is left, starting anew")
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole."""
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name in (WEIGHTS, LOOP):
+            if _measure(path / name) != files[name]:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(str(error.filename)).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is unreadable"
+    return None
+
+
+def read_loop(path: Path) -> dict[str, Any]:
+    """The plain values of a whole checkpoint."""
+    values: dict[str, Any] = json.loads((path / LOOP).read_text(encoding="utf-8"))
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a whole checkpoint, mapped from the file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load has no common error type for damaged files
+        raise InputError(f"{path / WEIGHTS}: cannot be read ({type(error).__name__}); remove {path}") from None
+    return state
+
+
+def read_weights(path: Path) -> Weights:
+    """What another run may start from, of a whole checkpoint."""
+    loop, tensors = read_loop(path), read_tensors(path)
+    average = {name: tensor.clone() for name, tensor in {**tensors["buffers"], **tensors["average"]}.items()}
+    return Weights(settings=loop["settings"], average=average, alignment=loop["alignment"])
+
+
+def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return iter(sorted(found, reverse=True))
+
+
+def _measure(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return {"bytes": size, "crc32": crc}

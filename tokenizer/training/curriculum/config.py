@@ -1,0 +1,232 @@
+"""Settings of a run: one stage of the curriculum on any number of processes, in one YAML file plus `key=value`.
+
+The defaults are the paper's (PAPER 4). What it leaves open is decided here or in `tokenizer.losses.weights`:
+
+Gradients are clipped at a norm of 1: the paper does not say whether it clips; 1 is what is usual for such rates.
+The encoder that learns at a tenth of the rate is what a SigLIP 2 checkpoint brings, transformer and pool. The layer
+    that writes the posterior is new and learns at the full rate, as the decoder does.
+Biases, norms, scales and position tables are not decayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from tokenizer.errors import InputError
+from tokenizer.gaussians.config import GaussianDecoderConfig
+from tokenizer.losses.weights import LossChoices, LossWeights
+from tokenizer.model.config import CONFIGS, ATokenConfig, FSQConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """Which part of the curriculum a run is (PAPER 3): for people and model cards."""
+
+    number: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartConfig:
+    """Where the weights come from before the first step.
+
+    kind: "scratch" draws them; "siglip2" takes the encoder from a SigLIP 2 vision checkpoint and draws the rest;
+        "model" takes an earlier run's averaged weights; "codes" fits the linear codes of a small model to the data.
+    source: folder: of the SigLIP 2 checkpoint; of the run, or of a model, or the name of a bundled one.
+    patches, iterations: of "codes", how many of each sort, and rounds of fitting.
+    """
+
+    kind: Literal["scratch", "siglip2", "model", "codes"] = "scratch"
+    source: str | None = None
+    patches: int = 48_000
+    iterations: int = 12
+
+    def __post_init__(self) -> None:
+        if (self.source is not None) != (self.kind in ("siglip2", "model")):
+            raise InputError(f"start.source belongs to the kinds siglip2 and model; kind is {self.kind}")
+        if self.patches < 16 or self.iterations < 1:
+            raise InputError("start.patches must be at least 16 and start.iterations at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """The frozen text tower that visuals are aligned with.
+
+    tower: "siglip2" (from `folder`), "minilm" (from its package, or from `folder`), or "none".
+    projection: "auto" puts a linear layer between pooled vectors and texts only where their widths differ.
+    """
+
+    tower: Literal["siglip2", "minilm", "none"] = "none"
+    folder: str | None = None
+    projection: Literal["auto", "linear"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.tower == "siglip2" and self.folder is None:
+            raise InputError("text.tower is siglip2, but no folder holds its weights; set text.folder=FOLDER")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderingWeights:
+    """Of 3D reconstruction, before the weight of all reconstruction; see `tokenizer.losses.gaussians`.
+
+    voxels: of the L1 of decoded voxels, which keeps the pixels that Gaussians are made from.
+    """
+
+    voxels: float = 1.0
+    l1: float = 1.0
+    l2: float = 1.0
+    coverage: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSettings:
+    """AdamW with a linear warm-up and a cosine from `lr` to `min_lr` (PAPER 4).
+
+    encoder_lr_factor: of the rate of the encoder's transformer and pool.
+    codes_lr_factor: of the rate of the linear codes of small models; 0 keeps them as they are.
+    max_grad_norm: longer gradients are scaled down to it.
+    ema: how much of the averaged weights stays in each step, less in the first few.
+    """
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup: int = 2000
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    encoder_lr_factor: float = 0.1
+    codes_lr_factor: float = 0.1
+    max_grad_norm: float = 1.0
+    ema: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr or not self.lr > 0 or self.warmup < 0:
+            raise InputError(f"optimizer needs 0 <= min_lr <= lr, lr above 0 and warmup of at least 0, got {self}")
+        if not 0 <= self.ema < 1 or not self.max_grad_norm > 0:
+            raise InputError(f"optimizer.ema must lie in 0..1 and max_grad_norm above 0, got {self}")
+        if min(self.encoder_lr_factor, self.codes_lr_factor, self.weight_decay) < 0:
+            raise InputError(f"the factors and weight_decay of the optimizer must not be negative, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """What a run is measured on.
+
+    sources: held-out sources, as the loader of the run describes one of its own.
+    every: steps between two measurements.
+    limit: items of each source.
+    budget: tokens of a batch.
+    """
+
+    sources: tuple[dict[str, Any], ...] = ()
+    every: int = 1000
+    limit: int = 256
+    budget: int = 16384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """Steps between two lines of the logs and between two sheets of pictures, and how many pictures a sheet has."""
+
+    every: int = 10
+    pictures_every: int = 1000
+    pictures: int = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Steps between two checkpoints, and how many of the last are kept beside the best."""
+
+    every: int = 1000
+    keep_last: int = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run.
+
+    name: of the model that comes out.
+    model: a name from `tokenizer.model.config.CONFIGS`, or sizes.
+    latent_channels, quantizer: of this stage, instead of the model's; latents grow and quantise as told.
+    gaussians: sizes of the decoder that makes 3D Gaussians; none trains voxels alone.
+    start, text, loss, choices, rendering, optimizer, validation, log, checkpoint: see there.
+    perceptual_images: pictures of a batch that LPIPS, Gram and CLIP look at, the first ones; all by default.
+    steps: optimizer steps. accumulation: times that batches are taken from the loader for each of them.
+    precision: "bf16" computes in bfloat16 where it can; parameters stay float32.
+    engine: "auto" is "ddp" in several processes (torchrun), else "single"; "fsdp2" shares parameters out too.
+    seed: of weights, data and noise.
+    out: folder of the run.
+    loader, data: name and settings of the training data, see `tokenizer.training.feeding`.
+    max_bad_steps: steps in a row with a loss or gradient that is not finite, after which a run stops.
+    peak_tflops: of one process's device at this precision, for the utilisation; measured by default.
+    """
+
+    name: str
+    stage: StageConfig
+    model: str | ATokenConfig
+    steps: int
+    data: dict[str, Any]
+    out: str
+    latent_channels: int | None = None
+    quantizer: FSQConfig | None = None
+    gaussians: GaussianDecoderConfig | None = None
+    start: StartConfig = field(default_factory=StartConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    choices: LossChoices = field(default_factory=LossChoices)
+    rendering: RenderingWeights = field(default_factory=RenderingWeights)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    perceptual_images: int | None = None
+    accumulation: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    engine: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
+    seed: int = 0
+    loader: str = "shards"
+    max_bad_steps: int = 20
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = {
+            "steps": self.steps,
+            "accumulation": self.accumulation,
+            "max_bad_steps": self.max_bad_steps,
+            "validation.every": self.validation.every,
+            "validation.limit": self.validation.limit,
+            "log.every": self.log.every,
+            "log.pictures_every": self.log.pictures_every,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise InputError(f"{name} must be at least 1, got {count}")
+        if self.perceptual_images is not None and self.perceptual_images < 1:
+            raise InputError(f"perceptual_images must be at least 1, got {self.perceptual_images}; weights of 0 end it")
+        if self.seed < 0:
+            raise InputError(f"seed must not be negative, got {self.seed}")
+        network_config(self)
+
+
+def network_config(config: RunConfig) -> ATokenConfig:
+    """Sizes of the network that a run trains.
+
+    Raises:
+        InputError: an unknown name, or a model without a decoder.
+    """
+    if isinstance(config.model, str):
+        if config.model not in CONFIGS:
+            raise InputError(f"unknown model '{config.model}'; known: {', '.join(CONFIGS)}; or give its sizes")
+        sizes = CONFIGS[config.model]
+    else:
+        sizes = config.model
+    if sizes.decoder is None:
+        raise InputError(f"{sizes.name} has no decoder to train")
+    return replace(
+        sizes,
+        name=config.name,
+        latent_channels=config.latent_channels or sizes.latent_channels,
+        quantizer=config.quantizer or sizes.quantizer,
+    )

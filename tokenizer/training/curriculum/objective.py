@@ -1,0 +1,234 @@
+"""What every step minimises, task by task (PAPER 2 and 3); it knows no engine.
+
+    image_understanding     1.0 distillation
+    image_reconstruction    0.2 (L1 + 10 LPIPS + 1e3 Gram + CLIP) + 1e-8 KL
+    video_understanding     1.0 sigmoid
+    video_reconstruction    0.2 L1 + 1e-8 KL
+    asset_understanding     1.0 sigmoid
+    asset_reconstruction    0.2 (L1 of voxels + L1 + L2 + 0.5 coverage of drawn views) + 1e-8 KL
+
+The loss of a micro-batch is its part of the step's: sums over its own units, divided by the units of all
+(`Prepared.totals`). Adding up the losses, or the gradients, of all micro-batches in all processes gives those of the
+step. The same holds for the terms, which are logged unweighted.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tokenizer.errors import InputError
+from tokenizer.gaussians.decoder import GaussianDecoder
+from tokenizer.gaussians.rasterize import rasterize
+from tokenizer.losses.clip import clip
+from tokenizer.losses.distillation import distillation
+from tokenizer.losses.gaussians import rendering_terms
+from tokenizer.losses.gram import gram
+from tokenizer.losses.kl import kl
+from tokenizer.losses.l1 import l1
+from tokenizer.losses.lpips import LPIPS, unit_length
+from tokenizer.losses.networks import ImageNetwork, make_clip_network
+from tokenizer.losses.pictures import squares
+from tokenizer.losses.sigmoid import sigmoid
+from tokenizer.losses.similarity import SimilarityScale
+from tokenizer.losses.weights import LossChoices, LossWeights
+from tokenizer.model.posterior import Posterior
+from tokenizer.patches import PatchSize, tokens_to_pixels
+from tokenizer.sparse import SparseTokens
+from tokenizer.training.curriculum.config import RenderingWeights, RunConfig, network_config
+from tokenizer.training.curriculum.model import Outputs
+from tokenizer.training.curriculum.preparation import Prepared, Texts
+from tokenizer.training.curriculum.tasks import (
+    ASSET_RECONSTRUCTION,
+    IMAGE_RECONSTRUCTION,
+    IMAGE_UNDERSTANDING,
+    is_understanding,
+    is_video,
+)
+
+Terms = dict[str, Tensor]
+"""Parts of the step's means by the name of the term, detached scalars."""
+
+
+class Objective:
+    """Loss and terms of a micro-batch.
+
+    Args:
+        weights, choices, rendering: see there.
+        patch_size: of the model.
+        discrete: whether it quantises; it has no KL term then, unless `choices` says so.
+        lpips: needed for the weights lpips and gram. clip_network: for clip.
+        perceptual_images: pictures of a batch that these look at, the first ones.
+
+    Raises:
+        InputError: a weight without the network that it needs.
+    """
+
+    def __init__(
+        self,
+        weights: LossWeights,
+        choices: LossChoices,
+        rendering: RenderingWeights,
+        patch_size: PatchSize,
+        *,
+        discrete: bool,
+        lpips: LPIPS | None = None,
+        clip_network: ImageNetwork | None = None,
+        perceptual_images: int | None = None,
+    ) -> None:
+        if (weights.lpips or weights.gram) and lpips is None:
+            raise InputError("the loss weights lpips and gram need the network of LPIPS")
+        if weights.clip and clip_network is None:
+            raise InputError("the loss weight clip needs an image network")
+        self.weights, self.choices, self.rendering, self.patch_size = weights, choices, rendering, patch_size
+        self.kl_weight = weights.kl if choices.kl_when_discrete or not discrete else 0.0
+        self.lpips, self.clip_network, self.perceptual_images = lpips, clip_network, perceptual_images
+        # Both sides of the distillation have the scale that is stated for it, whatever the sigmoid loss learns.
+        self.distillation_scale = SimilarityScale(choices.sigmoid_scale, choices.sigmoid_bias)
+
+    def names(self, task: str) -> list[str]:
+        """The terms of a task, for logs: "task/term"."""
+        if is_understanding(task):
+            return [f"{task}/semantic"]
+        names = ["l1", "kl"]
+        if task == IMAGE_RECONSTRUCTION:
+            names += [name for name in ("lpips", "gram", "clip") if getattr(self.weights, name)]
+        if task == ASSET_RECONSTRUCTION:
+            names += ["view l1", "view l2", "coverage"]
+        return [f"{task}/{name}" for name in names]
+
+    def __call__(
+        self,
+        prepared: Prepared,
+        outputs: Outputs,
+        scale: SimilarityScale | None = None,
+        gaussians: GaussianDecoder | None = None,
+    ) -> tuple[Tensor, Terms]:
+        """The micro-batch's part of the step's loss, and of its terms.
+
+        Args:
+            outputs: of `TrainedModel.forward`, or of another engine's model.
+            scale: of the sigmoid loss. gaussians: whose raw output is interpreted.
+        """
+        if is_understanding(prepared.task):
+            loss, terms = self._understanding(prepared, outputs["vectors"], scale)
+        else:
+            loss, terms = self._reconstruction(prepared, outputs, gaussians)
+        return prepared.share * loss, {f"{prepared.task}/{name}": term.detach() for name, term in terms.items()}
+
+    def _understanding(
+        self, prepared: Prepared, vectors: Tensor, scale: SimilarityScale | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        texts = prepared.texts
+        assert texts is not None
+        if prepared.task == IMAGE_UNDERSTANDING:
+            values = self._distillation(texts, vectors)
+        else:
+            assert scale is not None
+            values = sigmoid(scale(vectors, texts.every) + scale.bias, texts.matches)
+        term = values.sum() / prepared.totals.items
+        return self.weights.semantic * term, {"semantic": term}
+
+    def _distillation(self, texts: Texts, vectors: Tensor) -> Tensor:
+        assert texts.teacher is not None
+        scale = self.distillation_scale.to(vectors.device)
+        return distillation(scale(texts.teacher, texts.every), scale(vectors, texts.every), self.choices.temperature)
+
+    def _reconstruction(
+        self, prepared: Prepared, outputs: Outputs, gaussians: GaussianDecoder | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        task, totals, weights = prepared.task, prepared.totals, self.weights
+        existing = None if is_video(task) else self.patch_size[1] * self.patch_size[2] * 3
+        terms = {
+            "l1": l1(outputs["decoded"], prepared.tokens.features, existing).sum() / totals.tokens,
+            "kl": kl(Posterior(prepared.tokens.with_features(outputs["parameters"]))).sum() / totals.tokens,
+        }
+        factor = self.rendering.voxels if task == ASSET_RECONSTRUCTION else weights.l1
+        reconstruction = factor * terms["l1"]
+        if task == IMAGE_RECONSTRUCTION:
+            found = self._perceptual(prepared, outputs["decoded"])
+            for name, values in found.items():
+                terms[name] = values.sum() / totals.pictures
+                reconstruction = reconstruction + getattr(weights, name) * terms[name]
+        if task == ASSET_RECONSTRUCTION and "gaussians" in outputs and gaussians is not None and totals.views:
+            views = self._views(prepared, outputs["gaussians"], gaussians)
+            factors = {"view l1": self.rendering.l1, "view l2": self.rendering.l2, "coverage": self.rendering.coverage}
+            for name, value in views.items():
+                terms[name] = value / totals.views
+                reconstruction = reconstruction + factors[name] * terms[name]
+        return weights.reconstruction * reconstruction + self.kl_weight * terms["kl"] + outputs["fault"], terms
+
+    def _perceptual(self, prepared: Prepared, decoded: Tensor) -> dict[str, Tensor]:
+        """LPIPS, Gram and CLIP of the first pictures, each [n]; those that weigh nothing are left out."""
+        weights, patch_size = self.weights, self.patch_size
+        if not (weights.lpips or weights.gram or weights.clip):
+            return {}
+        count = min(len(prepared.ids), self.perceptual_images or len(prepared.ids))
+        tokens = first_items(prepared.tokens, count)
+        rows = tokens.num_tokens
+        ours = [frames[0] for frames in tokens_to_pixels(tokens.with_features(decoded[:rows]), None, patch_size)]
+        real = [frames[0] for frames in tokens_to_pixels(tokens, None, patch_size)]
+        found = {}
+        if self.lpips is not None and (weights.lpips or weights.gram):
+            made = self.lpips.activations(squares(ours, self.choices.side))
+            with torch.no_grad():
+                wanted = self.lpips.activations(squares(real, self.choices.side))
+            if weights.lpips:
+                found["lpips"] = self.lpips.distance([unit_length(x) for x in made], [unit_length(x) for x in wanted])
+            if weights.gram:
+                found["gram"] = gram(made, wanted)
+        if self.clip_network is not None and weights.clip:
+            side = self.choices.side if getattr(self.clip_network, "naflex", True) else self.clip_network.side
+            with torch.no_grad():
+                goal = self.clip_network(squares(real, side))
+            found["clip"] = clip(self.clip_network(squares(ours, side)), goal)
+        return found
+
+    def _views(self, prepared: Prepared, raw: Tensor, decoder: GaussianDecoder) -> dict[str, Tensor]:
+        """Sums over the assets of this batch that have views; NaN where the network's output is not finite."""
+        zero = raw.sum() * 0.0
+        sums = {"view l1": zero, "view l2": zero, "coverage": zero}
+        # The rasteriser refuses Gaussians that are not finite with an error; a step must fail in all processes alike.
+        if not bool(torch.isfinite(zero)):
+            return sums
+        every = decoder.interpret(prepared.tokens.with_features(raw))
+        for number, views in enumerate(prepared.views):
+            if views is not None:
+                size = (int(views.pictures.shape[1]), int(views.pictures.shape[2]))
+                terms = rendering_terms(rasterize(every[number], views.cameras, size), views.pictures)
+                for name, value in (("view l1", terms.l1), ("view l2", terms.l2), ("coverage", terms.coverage)):
+                    sums[name] = sums[name] + value
+        return sums
+
+
+def first_items(tokens: SparseTokens, count: int) -> SparseTokens:
+    """The first items of a batch; the batch itself where these are all."""
+    if count >= tokens.batch_size:
+        return tokens
+    rows = int(tokens.lengths[:count].sum())
+    return SparseTokens(tokens.features[:rows], tokens.positions[:rows], tokens.lengths[:count])
+
+
+def make_objective(config: RunConfig, device: torch.device) -> Objective:
+    """The objective that a configuration asks for, with its frozen networks on the device.
+
+    Raises:
+        InputError: packages or weights that are not there.
+    """
+    sizes, weights = network_config(config), config.loss
+    lpips = LPIPS.from_package(config.choices.lpips_backbone).to(device) if weights.lpips or weights.gram else None
+    network = make_clip_network(config.choices) if weights.clip else None
+    if network is not None:  # every one that is made here is a module
+        cast(torch.nn.Module, network).to(device).requires_grad_(False).eval()
+    return Objective(
+        weights,
+        config.choices,
+        config.rendering,
+        sizes.patch_size,
+        discrete=sizes.quantizer is not None,
+        lpips=lpips,
+        clip_network=network,
+        perceptual_images=config.perceptual_images,
+    )

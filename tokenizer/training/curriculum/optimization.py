@@ -1,0 +1,145 @@
+"""AdamW as published, its schedule, and gradients measured by part; on parameters that may be shared out (FSDP2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.training.curriculum.config import OptimizerSettings
+from tokenizer.training.curriculum.model import PARTS, part_of
+from tokenizer.training.curriculum.processes import Processes
+
+GROUPS = ("encoder", "codes", "rest")
+"""Groups of learning rates, as logs name them."""
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over a `TrainedModel` (PAPER 4): the encoder at its own rate, matrices alone decayed.
+
+    Each group has a "name" and a "factor" of the learning rate; `set_rates` reads them.
+    """
+    factors = {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = group_of(name)
+        if factors[rate] == 0:
+            parameter.requires_grad_(False)
+            continue
+        groups.setdefault((rate, _decays(name, parameter)), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "name": rate,
+                "factor": factors[rate],
+            }
+            for (rate, decays), parameters in groups.items()
+        ],
+        lr=settings.lr,
+        betas=settings.betas,
+    )
+
+
+def group_of(name: str) -> str:
+    """The group of learning rates that a parameter belongs to.
+
+    The encoder is what SigLIP 2 brings: transformer and pool. The layer that writes the posterior is new.
+    """
+    if name.startswith(("network.encoder.transformer.", "network.encoder.pool.")):
+        return "encoder"
+    return "codes" if name.startswith("network.skip.") else "rest"
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    # Scales of the QK norm are [heads, channels], the position table [256, channels]: no matrices of a layer.
+    return parameter.ndim >= 2 and not name.endswith((".scale", "positions.weight")) and ".skip." not in name
+
+
+def rate_at(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Learning rate of step number `step` (from 0) of `steps`: linear warm-up, then a cosine down to `min_lr`."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return settings.min_lr + (settings.lr - settings.min_lr) * cosine
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]:
+    """Set the rates of all groups, and return them by name."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that is shared out; any other tensor as it is."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+@torch.no_grad()
+def gradient_norms(
+    named: Iterable[tuple[str, nn.Parameter]], processes: Processes, *, shared: bool
+) -> dict[str, float]:
+    """L2 norms of the gradients of each part of the model, and of all ("total"); 0 for a part without any.
+
+    Args:
+        shared: each process holds a part of every gradient; otherwise each holds all of it.
+    """
+    squares: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    for name, parameter in named:
+        if parameter.grad is not None:
+            squares[part_of(name)].append(local(parameter.grad))
+    sums = []
+    for part in PARTS:
+        norms = torch._foreach_norm(squares[part]) if squares[part] else []
+        sums.append(float(torch.stack([norm.double().square() for norm in norms]).sum()) if norms else 0.0)
+    if shared:
+        sums = processes.sum(sums)
+    result = {part: math.sqrt(value) for part, value in zip(PARTS, sums, strict=True)}
+    return {"total": math.sqrt(sum(sums)), **result}
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: float) -> None:
+    """Scale gradients of total length `norm` down to `limit`, if they are longer."""
+    if norm > limit:
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, limit / norm)
+
+
+class Average:
+    """Exponential moving average of parameters, with a shorter memory in the first steps.
+
+    Args:
+        parameters: by name; shared-out ones are averaged share by share.
+        decay: how much of the average stays in each step.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the parameters after step number `step` (from 0)."""
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        values = [local(value) for value in self.values.values()]
+        torch._foreach_lerp_(values, [local(parameter.detach()) for parameter in self.parameters.values()], weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the parameters with their averages; twice is as before, bit for bit."""
+        for name, parameter in self.parameters.items():
+            mine, theirs = local(self.values[name]), local(parameter.detach())
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)

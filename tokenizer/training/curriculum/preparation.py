@@ -1,0 +1,222 @@
+"""From the batches of a step to what an engine needs: patches on the device, texts of everyone, and what to divide by.
+
+A step takes batches from the loader `accumulation` times in every process. Its loss does not depend on how its samples
+are spread: a term is the mean over all its units (patches, pictures, items) of the step, in whatever process and
+micro-batch they are, and images are compared with the texts of all. Texts are frozen, so they are encoded first, once,
+and gathered; counts are agreed on before the first forward pass. Noise is drawn from the seed, the step and the number
+of the turn among all processes' turns, so that two processes draw what one would that takes batches twice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.errors import InputError
+from tokenizer.losses.networks import ImageNetwork
+from tokenizer.losses.pictures import squares
+from tokenizer.losses.sigmoid import same_text, text_keys
+from tokenizer.losses.similarity import gather_rows
+from tokenizer.patches import PatchSize, tokens_to_pixels
+from tokenizer.sparse import SparseTokens
+from tokenizer.text.protocol import TextTower
+from tokenizer.training.curriculum.processes import Processes
+from tokenizer.training.curriculum.tasks import IMAGE_RECONSTRUCTION, IMAGE_UNDERSTANDING, is_understanding
+from tokenizer.training.feeding import StepBatch, StepViews
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Units of a task in the whole step, in all processes: tokens, items, pictures for the perceptual losses, views."""
+
+    tokens: float
+    items: float
+    pictures: float
+    views: float
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What the items of a batch are compared with, [b] items and [B] texts of the step.
+
+    every: float32 [B, D], unit vectors. matches: bool [b, B]. teacher: [b, D], where distillation takes its scores
+    from.
+    """
+
+    every: Tensor
+    matches: Tensor
+    teacher: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One micro-batch, ready for the model and the objective.
+
+    task: its task. tokens: patches [N, P] on the device. ids: of its items.
+    share: how much the task counts in this step: the share of the turns that were its. One for the task of every step.
+    totals: what sums are divided by.
+    texts: of understanding. views: of each item, of 3D reconstruction.
+    seed: of its noise.
+    """
+
+    task: str
+    tokens: SparseTokens
+    ids: tuple[str, ...]
+    share: float
+    totals: Totals
+    texts: Texts | None
+    views: tuple[StepViews | None, ...]
+    seed: int
+
+
+class Preparer:
+    """Prepares steps; every process calls it with the same tasks.
+
+    Args:
+        processes: all of the run.
+        device: where tensors are wanted.
+        patch_size: of the model.
+        tower: of texts; None where nothing is understood.
+        teacher: an image tower trained with the text tower; without one an image's own text teaches
+            (`tokenizer.losses.weights`).
+        seed: of the run.
+        perceptual_images: pictures of a batch that the perceptual losses look at.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        device: torch.device,
+        patch_size: PatchSize,
+        tower: TextTower | None,
+        teacher: ImageNetwork | None,
+        seed: int,
+        perceptual_images: int | None,
+    ) -> None:
+        self.processes, self.device, self.patch_size = processes, device, patch_size
+        self.tower, self.teacher = tower, teacher
+        self.seed, self.perceptual_images = seed, perceptual_images
+
+    def __call__(self, turns: Sequence[Sequence[StepBatch]], step: int) -> list[Prepared]:
+        """The micro-batches of a step.
+
+        Args:
+            turns: what the loader gave, one entry for each time it was asked.
+            step: number of the step, from 0.
+
+        Raises:
+            InputError: processes that were given different tasks, or a batch without what its task needs.
+        """
+        batches = [batch for turn in turns for batch in turn]
+        places = [(place, number) for number, turn in enumerate(turns) for place in range(len(turn))]
+        tasks = list(dict.fromkeys(batch.task for batch in batches))
+        self._check_tasks([batch.task for batch in batches], step)
+        totals = self._totals(batches, tasks)
+        texts = self._texts(batches, tasks)
+        world, rank = self.processes.world, self.processes.rank
+        return [
+            Prepared(
+                task=batch.task,
+                tokens=(tokens := batch.tokens(self.device, torch.float32, self.patch_size)),
+                ids=tuple(item.id for item in batch.items),
+                share=sum(other.task == batch.task for other in batches) / len(turns),
+                totals=totals[batch.task],
+                texts=self._with_teacher(batch, tokens, texts.get(number)),
+                views=tuple(item.views for item in batch.items),
+                seed=stream_seed(self.seed, step, place, turn * world + rank),
+            )
+            for number, (batch, (place, turn)) in enumerate(zip(batches, places, strict=True))
+        ]
+
+    def _check_tasks(self, tasks: list[str], step: int) -> None:
+        if not self.processes.many:
+            return
+        code = float(zlib.crc32(" ".join(tasks).encode()))
+        if self.processes.largest(code) != -self.processes.largest(-code):
+            raise InputError(f"in step {step} processes were given different tasks; give them loaders of one run")
+
+    def _totals(self, batches: Sequence[StepBatch], tasks: Sequence[str]) -> dict[str, Totals]:
+        counts = {task: [0.0, 0.0, 0.0, 0.0] for task in tasks}
+        for batch in batches:
+            items = len(batch.items)
+            pictures = min(items, self.perceptual_images or items) if batch.task == IMAGE_RECONSTRUCTION else 0
+            views = sum(item.views is not None for item in batch.items)
+            for place, count in enumerate((batch.num_tokens, items, pictures, views)):
+                counts[batch.task][place] += count
+        summed = self.processes.sum([count for task in tasks for count in counts[task]])
+        return {task: Totals(*summed[4 * place : 4 * place + 4]) for place, task in enumerate(tasks)}
+
+    def _texts(self, batches: Sequence[StepBatch], tasks: Sequence[str]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """Of each micro-batch of understanding: own text vectors, all of its task in the step, and which match."""
+        result = {}
+        for task in filter(is_understanding, tasks):
+            mine = {number: captions(batch) for number, batch in enumerate(batches) if batch.task == task}
+            flat = [text for texts in mine.values() for text in texts]
+            if self.tower is None:
+                raise InputError(f"{task} needs a text tower; set text.tower")
+            own = self.tower.encode(flat).to(self.device)
+            keys = text_keys(flat).to(self.device)
+            every, _ = gather_rows(own)
+            every_keys, _ = gather_rows(keys)
+            start = 0
+            for number, texts in mine.items():
+                rows = slice(start, start + len(texts))
+                result[number] = own[rows], every, same_text(keys[rows], every_keys)
+                start += len(texts)
+        return result
+
+    def _with_teacher(
+        self, batch: StepBatch, tokens: SparseTokens, texts: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Texts | None:
+        if texts is None:
+            return None
+        own, every, matches = texts
+        if batch.task != IMAGE_UNDERSTANDING:
+            return Texts(every, matches, None)
+        return Texts(
+            every, matches, own if self.teacher is None else image_vectors(self.teacher, tokens, self.patch_size)
+        )
+
+
+def captions(batch: StepBatch) -> list[str]:
+    """The captions of a batch.
+
+    Raises:
+        InputError: an item without one.
+    """
+    texts = []
+    for item in batch.items:
+        if not item.caption:
+            raise InputError(
+                f"{item.id}: has no caption, and {batch.task} needs one; set require_caption in its source"
+            )
+        texts.append(item.caption)
+    return texts
+
+
+@torch.no_grad()
+def image_vectors(network: ImageNetwork, tokens: SparseTokens, patch_size: PatchSize) -> Tensor:
+    """What a frozen image network says of stills [N, P], [B, D]; pictures of one size go through together.
+
+    A network that takes one size alone gets squares of it.
+    """
+    pictures = [frames[0] for frames in tokens_to_pixels(tokens, None, patch_size)]
+    if not getattr(network, "naflex", False):
+        return network(squares(pictures, network.side))
+    found: dict[int, Tensor] = {}
+    sizes = [tuple(picture.shape[:2]) for picture in pictures]
+    for size in dict.fromkeys(sizes):
+        rows = [number for number, other in enumerate(sizes) if other == size]
+        vectors = network(torch.stack([pictures[row] for row in rows]).permute(0, 3, 1, 2))
+        found.update(zip(rows, vectors, strict=True))
+    return torch.stack([found[number] for number in range(len(pictures))])
+
+
+def stream_seed(*parts: int) -> int:
+    """A seed of 63 bits that other parts do not share."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,99 @@
+"""What a run writes down: two JSONL files, TensorBoard where it is installed, and a progress bar.
+
+    out/metrics.jsonl    what a step did: losses, norms, rates, tokens, packing, validation. A run that was killed and
+                         goes on writes the same lines as one that was not.
+    out/speed.jsonl      how long it took: seconds, tokens a second, utilisation, share of time spent waiting for data
+    out/tensorboard/     both
+
+Lines that a stopped run wrote after its last checkpoint are dropped; those steps come again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from tokenizer.training.progress import training_progress
+from tokenizer.training.trainer import forget_log_after
+
+METRICS, SPEED, TENSORBOARD = "metrics.jsonl", "speed.jsonl", "tensorboard"
+
+
+class Records:
+    """Logs and bar of one process; those of all but the first do nothing.
+
+    Args:
+        folder: of the run.
+        name: of the run, beside the bar.
+        steps: of the run.
+        active: whether this is the first process.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: int, *, active: bool) -> None:
+        self.folder, self.name, self.steps, self.active = folder, name, steps, active
+        self.console = Console(stderr=True)
+        self._bar = training_progress(self.console)
+        self._bar.disable = not active or not self.console.is_terminal
+        self._task = self._bar.add_task(name, total=steps, note="")
+        self._board: Any = None
+
+    def start(self, step: int) -> None:
+        """Begin after `step` steps."""
+        if not self.active:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SPEED):
+            forget_log_after(self.folder / name, step)
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer: Any = SummaryWriter
+            self._board = writer(str(self.folder / TENSORBOARD), purge_step=step + 1)
+        self._bar.update(self._task, completed=step)
+
+    def __enter__(self) -> Records:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, line: str) -> None:
+        """Show a line above the bar."""
+        if self.active:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def advance(self, step: int, note: str) -> None:
+        """Move the bar to `step` steps."""
+        self._bar.update(self._task, completed=step, note=note)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line of what is the same in every run of these settings."""
+        self._write(METRICS, step, values)
+
+    def speed(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line of what depends on the machine and the hour."""
+        self._write(SPEED, step, values)
+
+    def _write(self, file: str, step: int, values: Mapping[str, float]) -> None:
+        if not self.active:
+            return
+        # JSON knows no NaN.
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, **plain}, allow_nan=False) + "\n"
+        with (self.folder / file).open("a", encoding="utf-8") as out:
+            out.write(line)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)

@@ -1,0 +1,273 @@
+"""The plain torch engine: one process, data parallel (DDP), or with parameters shared out (FSDP2).
+
+In DDP, gradients are added up once for each optimizer step, in a few flat pieces: the tasks of a step touch different
+parameters, which torch's own wrapper, made for one backward pass in each step, would not add up right. In FSDP2 they
+are added up after each micro-batch: that no process ever holds a whole gradient is the point of it.
+
+Parameters stay float32. With bf16, matrix products and attention run in bfloat16 (autocast).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenizer.errors import InputError
+from tokenizer.sparse import SparseTokens
+from tokenizer.training.curriculum.config import RunConfig
+from tokenizer.training.curriculum.engine import Outcome
+from tokenizer.training.curriculum.model import Outputs, TrainedModel, save_trained
+from tokenizer.training.curriculum.objective import Objective
+from tokenizer.training.curriculum.optimization import (
+    Average,
+    clip_gradients,
+    gradient_norms,
+    make_optimizer,
+    rate_at,
+    set_rates,
+)
+from tokenizer.training.curriculum.preparation import Prepared
+from tokenizer.training.curriculum.processes import Processes
+
+Layout = Literal["single", "ddp", "fsdp2"]
+
+_PIECE = 2**24
+"""Numbers that travel together when gradients are added up: 64 MB."""
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class TorchEngine:
+    """See `tokenizer.training.curriculum.engine.Engine`.
+
+    Args:
+        model: float32, the same weights in every process; it is moved to the device.
+        objective: what is minimised.
+        config: optimizer, steps and precision.
+        processes: all of the run.
+        device: of this one.
+        layout: "single" for one process alone.
+
+    Raises:
+        InputError: several processes and "single".
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        objective: Objective,
+        config: RunConfig,
+        processes: Processes,
+        device: torch.device,
+        layout: Layout,
+    ) -> None:
+        if layout == "single" and processes.many:
+            raise InputError(f"engine is single, but there are {processes.world} processes; use ddp or fsdp2")
+        self.model = model.to(device)
+        self.objective, self.config, self.processes, self.layout = objective, config, processes, layout
+        self._device = device
+        if layout == "fsdp2":
+            _share_out(self.model, device)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.average = Average(self.trained, config.optimizer.ema)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    # ------------------------------------------------------------------ a step
+
+    def forward_backward(self, prepared: Sequence[Prepared]) -> dict[str, float]:
+        names = ["loss", *(n for task in dict.fromkeys(p.task for p in prepared) for n in self.objective.names(task))]
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in names}
+        # FSDP2 takes the mean over processes where the sum is wanted.
+        factor = float(self.processes.world) if self.layout == "fsdp2" else 1.0
+        for part in prepared:
+            with self._autocast():
+                outputs = self.model(part.tokens, part.task, self._generator(part.seed))
+                alignment = self.model.alignment
+                loss, terms = self.objective(
+                    part, outputs, alignment.scale if alignment is not None else None, self.model.gaussians
+                )
+            (factor * loss).backward()
+            sums["loss"] += loss.detach()
+            for name, term in terms.items():
+                sums[name] += term
+        if self.layout == "ddp":
+            self._add_up_gradients()
+        found = torch.stack([sums[name] for name in names]).tolist()
+        return dict(zip(names, self.processes.sum(found), strict=True))
+
+    def clip_and_step(self, step: int, loss: float) -> Outcome:
+        settings = self.config.optimizer
+        rates = set_rates(self.optimizer, rate_at(step, self.config.steps, settings))
+        norms = gradient_norms(self.trained.items(), self.processes, shared=self.layout == "fsdp2")
+        # Loss and norms are the same numbers in every process, so all of them decide alike.
+        done = math.isfinite(loss) and math.isfinite(norms["total"])
+        if done:
+            clip_gradients(self.trained.values(), norms["total"], settings.max_grad_norm)
+            self.optimizer.step()
+            self.average.update(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(done, norms, rates)
+
+    def _add_up_gradients(self) -> None:
+        """Sum gradients over processes. All of them have gradients of the same parameters: their tasks are the same."""
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        for piece in _pieces(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in piece])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in piece])
+            torch._foreach_copy_(piece, [part.view_as(g) for part, g in zip(parts, piece, strict=True)])
+
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(device=self.device).manual_seed(seed)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    # ------------------------------------------------------------------ looking at it
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    @torch.no_grad()
+    def infer(self, tokens: SparseTokens, task: str) -> Outputs:
+        with self._autocast():
+            outputs: Outputs = self.model(tokens, task)
+        return outputs
+
+    # ------------------------------------------------------------------ what is kept
+
+    def state_dict(self) -> dict[str, Any]:
+        moments = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
+        # Gathering is done by all processes, keeping by the first.
+        buffers = [(name, value) for name, value in self.model.named_buffers() if _is_kept(self.model, name)]
+        state: dict[str, dict[str, Any]] = {
+            "model": {name: _whole(parameter) for name, parameter in self.model.named_parameters()},
+            "average": {name: _whole(value) for name, value in self.average.values.items()},
+            "buffers": {name: _whole(value) for name, value in buffers},
+            "optimizer": {
+                name: {kind: _whole(found[kind]) for kind in _MOMENTS} for name, found in moments.items() if found
+            },
+        }
+        # What is frozen is its own average, so that "average" is a whole model.
+        state["average"] = {**state["model"], **state["average"]}
+        return state if self.processes.first else {}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_names(dict(self.model.named_parameters()), state["model"])
+        for name, parameter in self.model.named_parameters():
+            _fill(parameter.detach(), state["model"][name])
+        for name, value in self.average.values.items():
+            _fill(value, state["average"][name])
+        for name, buffer in self.model.named_buffers():
+            if name in state["buffers"]:
+                buffer.copy_(state["buffers"][name])
+        for name, parameter in self.trained.items():
+            if name in state["optimizer"]:
+                self.optimizer.state[parameter] = {
+                    kind: value.clone() if kind == "step" else _like(value, parameter)
+                    for kind, value in state["optimizer"][name].items()
+                }
+
+    def save_model(self, folder: Path) -> None:
+        state = self.state_dict()
+        if not self.processes.first:
+            return
+        model = self.model
+        if self.layout == "fsdp2":
+            model = _plain_copy(self.model)
+            model.load_state_dict({**state["buffers"], **state["average"]}, strict=False)
+            save_trained(model, folder)
+            return
+        with self.averaged():
+            save_trained(model, folder)
+
+
+def _share_out(model: TrainedModel, device: torch.device) -> None:
+    """Shard parameters over all processes (FSDP2), a block at a time, and what is left with the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.stacks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _plain_copy(model: TrainedModel) -> TrainedModel:
+    """A model of the same sizes with parameters of its own, none of them shared out."""
+    from tokenizer.gaussians.decoder import GaussianDecoder
+    from tokenizer.model.atoken import ATokenNetwork
+    from tokenizer.text.alignment import TextAlignment
+
+    return TrainedModel(
+        ATokenNetwork(model.network.config),
+        TextAlignment(model.alignment.config) if model.alignment is not None else None,
+        GaussianDecoder(model.gaussians.config) if model.gaussians is not None else None,
+    )
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of about `_PIECE` numbers."""
+    piece: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        piece.append(tensor)
+        size += tensor.numel()
+        if size >= _PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered where it is shared out; a copy, so that training may go on."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor.detach() if gather is None else gather().detach()
+    return whole.to("cpu", copy=True)
+
+
+def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as `parameter` is: on its device, shared out as it is."""
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return whole.to(parameter.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    return distribute_tensor(whole.to(mesh.device_type, copy=True), mesh, placements, src_data_rank=None)
+
+
+def _fill(target: Tensor, whole: Tensor) -> None:
+    target.copy_(_like(whole, target))
+
+
+def _is_kept(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(owner)._non_persistent_buffers_set
+
+
+def _check_names(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    odd = sorted(own.keys() ^ found.keys())
+    odd += sorted(name for name in own.keys() & found.keys() if own[name].shape != found[name].shape)
+    if odd:
+        raise InputError(
+            f"the checkpoint is of another model: {', '.join(odd[:3])} missing, unknown or of another shape"
+        )
