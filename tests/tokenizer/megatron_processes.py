@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tests.tokenizer.networks import visuals
 from tokenizer.errors import InputError
 from tokenizer.megatron.build import build_model, data_parallel, initialise_parallel
-from tokenizer.megatron.checkpoint import load_model, save_model
+from tokenizer.megatron.checkpoint import load_checkpoint, save_checkpoint
 from tokenizer.megatron.config import ParallelConfig
 from tokenizer.megatron.cpu import on_cpu
 from tokenizer.megatron.engine import load_megatron
@@ -131,7 +131,7 @@ def check_tensor_parallel(report: Report, folder: Path) -> None:
     report("tp gradients", difference(native_state(model, gradients), expected))
     report("tp weights", difference(native_state(model), native_network(CONFIG).state_dict()))
     report("tp gradient norm", abs(gradient_norm(model) / norm_of(expected) - 1))
-    save_model(model, folder / "checkpoint")
+    save_checkpoint(folder / "checkpoint", model, state={"step": 7})
     for multiple in (2, 16):  # FP8 would ask for 16; zeros behind the batch change nothing
         model._packing = partial(padded_packing, multiple)
         report(f"padding to {multiple}", abs(forward_loss(model, 0).item() - reference[0]) / abs(reference[0]))
@@ -190,7 +190,7 @@ def check_pipeline(report: Report, folder: Path) -> None:
         report("pp losses", max(abs(a / b - 1) for a, b in zip(found, reference, strict=True)))
     report("pp gradients", difference(main_gradients(model), expected))
     report("pp weights", difference(native_state(model.module), native_network(CONFIG).state_dict()))
-    load_model(model.module, folder / "checkpoint")
+    load_checkpoint(folder / "checkpoint", model)
     report("tp checkpoint at pp", difference(native_state(model.module), native_network(CONFIG).state_dict()))
 
 
@@ -209,17 +209,34 @@ def check_data_parallel(report: Report, folder: Path) -> None:
     blank = made(parallel)
     for parameter in blank.parameters():
         parameter.data.zero_()
-    load_model(blank, folder / "checkpoint")
+    state = load_checkpoint(folder / "checkpoint", blank)
+    report("state", abs(state["step"] - 7))
     report("tp checkpoint at dp", difference(native_state(blank), native_network(CONFIG).state_dict()))
     report("loss after checkpoint", abs(forward_loss(blank, 0).item() / reference[0] - 1))
 
 
-def check_distributed_optimizer(report: Report, _: Path) -> None:
-    """Three steps of AdamW on two processes are three steps of torch's on their joint batch."""
-    from megatron.core.distributed import finalize_model_grads
+def check_optimizers(report: Report, folder: Path) -> None:
+    """Steps of AdamW on two processes are torch's on their joint batch, and go on from a checkpoint at any layout."""
+    torch_weights = native_steps(3)
+    for kind, distributed in (("optimizer", False), ("distributed optimizer", True)):
+        parallel = ParallelConfig(use_distributed_optimizer=distributed)
+        run = training_run(parallel)
+        steps(run, 2)
+        save_checkpoint(folder / kind, *run)
+        weights = steps(run, 1)
+        report(f"{kind} weights", difference(weights, torch_weights))
+        for layout, ranks in (("same layout", 1), ("tp", 2)):
+            resumed = training_run(replace(parallel, tensor_model_parallel_size=ranks))
+            for parameter in resumed[0].parameters():
+                parameter.data.zero_()
+            load_checkpoint(folder / kind, *resumed)
+            report(f"{kind} resumed at {layout}", difference(steps(resumed, 1), weights))
+
+
+def training_run(parallel: ParallelConfig) -> tuple[Any, Any]:
+    """A float32 model and its optimizer."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    parallel = ParallelConfig(use_distributed_optimizer=True)
     model = data_parallel(made(parallel, dtype=torch.float32), parallel)
     options = OptimizerConfig(
         optimizer="adam",
@@ -227,22 +244,48 @@ def check_distributed_optimizer(report: Report, _: Path) -> None:
         weight_decay=0.0,
         clip_grad=0.0,
         adam_eps=1e-4,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
         params_dtype=torch.float32,
     )
-    optimizer = get_megatron_optimizer(options, [model])
-    network = native_network(CONFIG, torch.float32)
-    native = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-4)
-    for _step in range(3):
+    return model, get_megatron_optimizer(options, [model])
+
+
+def steps(run: tuple[Any, Any], count: int) -> dict[str, Tensor]:
+    """The weights after steps on batches 0 and 1, one on each data-parallel rank or both on all."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    model, optimizer = run
+    ranks = parallel_state.get_data_parallel_world_size()
+    for _ in range(count):
         model.zero_grad_buffer()
         optimizer.zero_grad()
-        forward_loss(model, dist.get_rank(), torch.float32).backward()
+        for number in range(parallel_state.get_data_parallel_rank(), 2, ranks):
+            (forward_loss(model, number, torch.float32) * ranks / 2).backward()
         finalize_model_grads([model])
         optimizer.step()
-        native.zero_grad()
+    return native_state(model.module)
+
+
+def native_steps(count: int) -> dict[str, Tensor]:
+    network = native_network(CONFIG, torch.float32)
+    adam = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-4)
+    for _ in range(count):
+        adam.zero_grad()
         torch.stack(native_losses(network, 0, 1, dtype=torch.float32)).mean().backward()
-        native.step()
-    report("optimizer weights", difference(native_state(model.module), network.state_dict()))
+        adam.step()
+    return network.state_dict()
+
+
+def check_refusals(report: Report, folder: Path) -> None:
+    """Another model's checkpoint, and no checkpoint: refused by both processes, in one line."""
+    other = replace(CONFIG, latent_channels=24)
+    model = made(ParallelConfig(tensor_model_parallel_size=2), other)
+    for name, source in (("another model refused", "checkpoint"), ("no checkpoint refused", "nowhere")):
+        try:
+            load_checkpoint(folder / source, model)
+        except InputError as error:
+            report(name, len(str(error).splitlines()))
 
 
 def check_discrete(report: Report, _: Path) -> None:
@@ -274,7 +317,7 @@ def check_engine_spec(report: Report, folder: Path) -> None:
         report("engine gradients", difference(native_state(model, gradients), expected))
         for parameter in model.parameters():
             parameter.data.zero_()
-        load_model(model, folder / "checkpoint")
+        load_checkpoint(folder / "checkpoint", model)
         report("local checkpoint in engine", difference(native_state(model), native_network(CONFIG).state_dict()))
 
 
@@ -283,7 +326,8 @@ CHECKS = (
     check_sequence_parallel,
     check_pipeline,
     check_data_parallel,
-    check_distributed_optimizer,
+    check_optimizers,
+    check_refusals,
     check_discrete,
     check_engine_spec,
 )

@@ -1,31 +1,42 @@
 """Distributed checkpoints: each process writes its share, and any other layout reads them.
 
-A checkpoint is a folder of Megatron's `torch_dist` format, written whole or not at all. Its names are the Megatron
-model's with the blocks of a stack stacked; local and Transformer Engine layers write the same ones.
+A checkpoint is a folder of Megatron's `torch_dist` format, written whole or not at all, with `state.json` for what the
+training loop wants to keep. Weights have the Megatron model's names with the blocks of a stack stacked; local and
+Transformer Engine layers write the same ones. The optimizer's moments are kept by the names of their weights, so a run
+goes on at another layout: bit for bit at the same one, up to rounding at others.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.distributed as dist
 
+from tokenizer.config import config_to_dict, read_mapping
 from tokenizer.errors import InputError, require_package
+from tokenizer.megatron.torch_adam import prepared, repaired
+from tokenizer.model.config import ATokenConfig
 
-if TYPE_CHECKING:
-    from tokenizer.megatron.model import MegatronAToken
+STATE_FILE = "state.json"
+_PREFIX = "model."
+_BY_WEIGHT = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""The one form of distributed optimizer state that any layout can read."""
 
-PREFIX = "model."
 
-
-def save_model(model: MegatronAToken, folder: str | os.PathLike[str]) -> None:
-    """Write the weights; every process calls it, and the folder is there when it returns.
+def save_checkpoint(
+    folder: str | os.PathLike[str], model: Any, optimizer: Any = None, state: dict[str, Any] | None = None
+) -> None:
+    """Write model, optimizer and state; every process calls it, and the folder is there when it returns.
 
     Args:
         folder: on storage that all processes share. An older checkpoint there is replaced.
+        model: a `MegatronAToken`, in DistributedDataParallel or not.
+        optimizer: what `get_megatron_optimizer` made of it, if it is to be kept.
+        state: JSON values, the first process's are written: step, seeds, what the data loader needs to go on.
 
     Raises:
         InputError: psutil is missing, without which Megatron's writer hangs.
@@ -35,35 +46,66 @@ def save_model(model: MegatronAToken, folder: str | os.PathLike[str]) -> None:
     require_package("psutil", "writing distributed checkpoints")
     target = Path(folder)
     temporary = target.with_name(f".{target.name}.part")
-    if dist.get_rank() == 0:
+    first = dist.get_rank() == 0
+    if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(model.sharded_state_dict(prefix=PREFIX), str(temporary))
+    dist_checkpointing.save(_sharded(_bare(model), optimizer, loading=False), str(temporary))
     dist.barrier()
-    if dist.get_rank() == 0:
+    if first:
+        kept = {"network": config_to_dict(_bare(model).network_config), "state": state or {}}
+        (temporary / STATE_FILE).write_text(json.dumps(kept), encoding="utf-8")
         _put(temporary, target)
     dist.barrier()
 
 
-def load_model(model: MegatronAToken, folder: str | os.PathLike[str]) -> None:
-    """Read weights written at any layout into the model; every process calls it.
+def load_checkpoint(folder: str | os.PathLike[str], model: Any, optimizer: Any = None) -> dict[str, Any]:
+    """Read what was written at any layout into model and optimizer; every process calls it.
+
+    Without `optimizer` call it before making one: an optimizer keeps copies of the weights it was made with.
+
+    Returns:
+        The state that was saved.
 
     Raises:
         InputError: no checkpoint there, or one of another model.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    if not (Path(folder) / "metadata.json").is_file():
-        raise InputError(f"{folder}: holds no distributed checkpoint (no metadata.json)")
-    try:
-        state = dist_checkpointing.load(model.sharded_state_dict(prefix=PREFIX), str(folder))
-    except (CheckpointingException, KeyError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{folder}: does not fit {model.network_config.name}: {' '.join(str(error).split())[:300]}"
-        ) from None
-    model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state.items()})
+    source, bare = Path(folder), _bare(model)
+    if not (source / STATE_FILE).is_file():
+        raise InputError(f"{folder}: holds no checkpoint of a training run (no {STATE_FILE})")
+    kept = read_mapping(source / STATE_FILE)
+    _check_network(kept["network"], bare.network_config, source)
+    prepared(optimizer)
+    loaded = dist_checkpointing.load(_sharded(bare, optimizer, loading=True), str(source))
+    bare.load_state_dict({name.removeprefix(_PREFIX): tensor for name, tensor in loaded["model"].items()})
+    if optimizer is not None:
+        with repaired(optimizer):
+            optimizer.load_state_dict(loaded["optimizer"])
+    state: dict[str, Any] = kept["state"]
+    return state
+
+
+def _check_network(saved: dict[str, Any], config: ATokenConfig, source: Path) -> None:
+    """Refuse weights of other sizes, in terms of the configuration; names may differ."""
+    wanted = config_to_dict(config)
+    for key in wanted.keys() - {"name"}:
+        if saved.get(key) != wanted[key]:
+            raise InputError(f"{source}: was written with {key} {saved.get(key)}, this run has {wanted[key]}")
+
+
+def _sharded(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict(prefix=_PREFIX)
+    if optimizer is None:
+        return {"model": weights}
+    moments = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=dict(_BY_WEIGHT))
+    return {"model": weights, "optimizer": moments}
+
+
+def _bare(model: Any) -> Any:
+    return model if hasattr(model, "network_config") else model.module
 
 
 def _put(temporary: Path, target: Path) -> None:
