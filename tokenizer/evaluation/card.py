@@ -1,0 +1,142 @@
+"""The figures of a bundled model's card, written by `atoken evaluate` itself.
+
+    atoken evaluate --model atoken-nano --data packaged --preset nano --linear tests/linear_code.npz --card \\
+        --out outputs/atoken-nano
+
+or, from results that are there already:
+
+    python -m tokenizer.evaluation.card outputs/atoken-nano/results.json
+
+Everything between the two marks of the card's README is replaced; the rest is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizer.atomic import atomic_path
+from tokenizer.checkpoints import bundled_models
+from tokenizer.errors import InputError
+from tokenizer.evaluation.command.markdown import table
+from tokenizer.evaluation.command.results import COLUMNS, SAMPLES, Results, columns_of
+
+CARD: Final = "README.md"
+BEGIN: Final = "<!-- figures: written by atoken evaluate --card -->"
+END: Final = "<!-- end of figures -->"
+
+_TITLES: Final = {"image": "Photographs", "video": "Film", "asset": "3D assets"}
+_COSTS: Final = ("encode_seconds", "decode_seconds", "memory_mb")
+_ROW: Final = re.compile(r"^\| `(?P<sample>[^`]+)` \| (?P<system>[^|]+) \|(?P<values>.*)\|$")
+
+
+def update_card(results: Results, samples: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the figures into the card of the first model.
+
+    Args:
+        results: what results.json holds.
+        samples: the lines of samples.jsonl.
+
+    Returns:
+        The card.
+
+    Raises:
+        InputError: the first system is no bundled model, was measured with other weights than are bundled, or its card
+            has no place for figures.
+    """
+    name = next(iter(results["systems"]))
+    folder = bundled_models().get(name)
+    if folder is None:
+        raise InputError(f"--card: '{name}' is not a bundled model; cards are theirs")
+    from tokenizer.evaluation.command.systems import file_checksum
+
+    if results["systems"][name].get("weights_sha256") != file_checksum(name):
+        raise InputError(f"--card: these results are of other weights than those bundled as '{name}'; measure again")
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8")
+    start, end = text.find(BEGIN), text.find(END)
+    if start < 0 or end < start:
+        raise InputError(f"{card}: has no lines '{BEGIN}' and '{END}' to write figures between")
+    with atomic_path(card) as temporary:
+        figures = card_figures(results, samples)
+        temporary.write_text(f"{text[:start]}{BEGIN}\n{figures}\n{text[end:]}", encoding="utf-8")
+    return card
+
+
+def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: what was measured, a table of systems and one of samples for each kind, and the command.
+
+    Costs are left out: they are of the machine, not of the model.
+    """
+    preset, name = results["preset"], next(iter(results["systems"]))
+    lines = [
+        "",
+        f"{preset['protocol']} In {results['machine']['dtype']} on a {results['machine']['device'].split()[0].upper()}; "
+        f"weights `{str(results['systems'][name]['weights_sha256'])[:16]}…`, seed {results['seed']}. In brackets: 95 % "
+        "bootstrap intervals over samples. Bits are those of latents as stored here; in bfloat16 they are half as many.",
+    ]
+    for kind, rows in results["kinds"].items():
+        columns = [column for column in columns_of(rows) if column not in _COSTS]
+        lines += ["", f"### {_TITLES[kind]}", "", *table(rows, columns)]
+        shown = [column for column in ("psnr", "ssim", "lpips_vgg16", "lpips_alexnet") if column in columns]
+        lines += ["", "| sample | system |" + "".join(f" {COLUMNS[column].title} |" for column in shown)]
+        lines += ["|---|---|" + "---:|" * len(shown)]
+        for sample in samples:
+            if sample.get("kind") != kind:
+                continue
+            for system, figures in sample["systems"].items():
+                cells = [f" {figures[column]:.{COLUMNS[column].digits}f} |" for column in shown]
+                lines.append(f"| `{sample['id']}` | {system} |{''.join(cells)}")
+    lines += ["", *(f"Note: {note}." for note in results["notes"]), "", "```sh", results["command"], "```", ""]
+    return "\n".join(lines)
+
+
+def read_card(name: str) -> dict[str, dict[str, list[float]]]:
+    """Figures that the card of a bundled model states: {sample: {system: [PSNR, SSIM, LPIPS VGG, LPIPS AlexNet]}}."""
+    text = (bundled_models()[name] / CARD).read_text(encoding="utf-8")
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in text[text.find(BEGIN) : text.find(END)].splitlines():
+        row = _ROW.match(line)
+        if row is not None:
+            values = [float(cell) for cell in row["values"].split("|")]
+            found.setdefault(row["sample"], {})[row["system"].strip()] = values
+    return found
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl in a folder of results.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = folder / SAMPLES
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenizer.evaluation.card", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("results", type=Path, help="results.json of atoken evaluate")
+    options = parser.parse_args(argv)
+    try:
+        results = json.loads(options.results.read_text(encoding="utf-8"))
+        card = update_card(results, read_samples(options.results.parent))
+    except (InputError, OSError, ValueError, KeyError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"wrote {card}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
