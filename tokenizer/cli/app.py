@@ -33,6 +33,7 @@ from tokenizer.cli.options import (
     Videos,
 )
 from tokenizer.cli.outcome import Result, run_jobs
+from tokenizer.cli.train import train
 from tokenizer.errors import InputError
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ def view(
 
 
 app.command()(evaluate)
+app.command()(train)
 
 
 @app.command()

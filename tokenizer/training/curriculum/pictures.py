@@ -1,4 +1,4 @@
-"""Reconstruction pictures of a run: originals on the left, what the model makes of them on the right, one below another."""
+"""Pictures of a run: originals on the left, what the model makes of them on the right, one below another."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _assets(
 ) -> list[tuple[Tensor, Tensor]]:
     """Drawn and real first views, colours over black in 0..1, of the assets that have some."""
     every = decoder.interpret(tokens.with_features(raw))
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for number, seen in enumerate(views):
         if seen is not None and len(found) < count:
             wanted = seen.pictures[0].float() / 255

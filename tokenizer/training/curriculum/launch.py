@@ -1,0 +1,165 @@
+"""From a configuration file to a run: everything that can be wrong is found here, before the first step.
+
+Started alone it is one process; started by torchrun, one of several.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tokenizer.config import config_to_dict, load_config
+from tokenizer.errors import InputError
+from tokenizer.losses.networks import ImageNetwork, SiglipVision
+from tokenizer.text.alignment import open_tower
+from tokenizer.text.protocol import TextTower
+from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints
+from tokenizer.training.curriculum.config import RunConfig, network_config
+from tokenizer.training.curriculum.flops import Work, measured_peak
+from tokenizer.training.curriculum.loop import Loop
+from tokenizer.training.curriculum.objective import make_objective
+from tokenizer.training.curriculum.preparation import Preparer
+from tokenizer.training.curriculum.processes import Processes
+from tokenizer.training.curriculum.records import Records
+from tokenizer.training.curriculum.start import starting_model
+from tokenizer.training.curriculum.tasks import TASKS, is_understanding
+from tokenizer.training.curriculum.torch_engine import TorchEngine
+from tokenizer.training.curriculum.validation import Validation
+from tokenizer.training.feeding import StepBatch, StepSource, find_held_out, find_opener
+
+QUARANTINE = "quarantine.jsonl"
+"""File of a run that names broken samples."""
+
+
+def launch(path: Path, overrides: Sequence[str] = (), device: str = "auto") -> int:
+    """Train as a YAML file and `key=value` say.
+
+    Args:
+        device: "cpu", "cuda" or "auto", which takes CUDA where there is one.
+
+    Returns:
+        The exit status: 0 at the end, 143 or 130 after a signal.
+
+    Raises:
+        InputError: anything wrong with settings, data or weights.
+    """
+    config = load_config(RunConfig, path, overrides)
+    chosen = _device(device)
+    with _together(chosen):
+        return train(config, chosen)
+
+
+def train(config: RunConfig, device: torch.device) -> int:
+    """Train as `config` says, in this process or, where `torch.distributed` is initialised, in all of its."""
+    processes = Processes(device)
+    folder = Path(config.out)
+    tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
+    teacher = _teacher(config, tower, device)
+    objective = make_objective(config, device)
+    source = _open_source(config, processes, tower)
+    try:
+        held_out = find_held_out(config.loader)(
+            config.validation.sources, budget=config.validation.budget, limit=config.validation.limit
+        )
+        model = starting_model(config, tower, lambda: _more_batches(config))
+        # Counted before FSDP2 replaces the parameters by shares of them.
+        work = Work(model)
+        patch_size = network_config(config).patch_size
+        layout = config.engine if config.engine != "auto" else ("ddp" if processes.many else "single")
+        engine = TorchEngine(model, objective, config, processes, device, layout)
+        records = Records(folder, f"{config.name} stage {config.stage.number}", config.steps, active=processes.first)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        loop = Loop(
+            config,
+            engine,
+            Preparer(processes, device, patch_size, tower, teacher, config.seed, config.perceptual_images),
+            source,
+            Validation(held_out, engine, processes, patch_size, tower, model.gaussians),
+            records,
+            Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep_last, records.say),
+            processes,
+            work=work,
+            peak=config.peak_tflops * 1e12 if config.peak_tflops else measured_peak(device, dtype),
+            gaussians=model.gaussians,
+            alignment=config_to_dict(model.alignment.config) if model.alignment is not None else None,
+        )
+        return loop.run()
+    finally:
+        source.close()
+
+
+def _open_source(config: RunConfig, processes: Processes, tower: TextTower | None) -> StepSource:
+    source = find_opener(config.loader)(
+        config.data,
+        seed=config.seed,
+        rank=processes.rank,
+        world=processes.world,
+        quarantine_file=Path(config.out) / QUARANTINE,
+    )
+    tasks = [str(task) for task in source.reports]
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise InputError(f"data: unknown tasks {', '.join(unknown)}; known: {', '.join(TASKS)}")
+    aligned = [task for task in tasks if is_understanding(task)]
+    if aligned and tower is None:
+        raise InputError(
+            f"{', '.join(aligned)} needs a text tower; set text.tower to siglip2 or minilm, or leave it out of data"
+        )
+    return source
+
+
+def _more_batches(config: RunConfig) -> Iterator[StepBatch]:
+    """The training data from its beginning, beside the source of the run; the same in every process."""
+    source = find_opener(config.loader)(config.data, seed=config.seed, rank=0, world=1, quarantine_file=None)
+    try:
+        yield from chain.from_iterable(iter(lambda: next(source, ()), ()))
+    finally:
+        source.close()
+
+
+def _teacher(config: RunConfig, tower: TextTower | None, device: torch.device) -> ImageNetwork | None:
+    """SigLIP 2's image tower where its weights are named and its text tower is the run's."""
+    if config.choices.siglip2 is None or config.text.tower != "siglip2" or tower is None:
+        return None
+    teacher = SiglipVision(config.choices.siglip2).to(device)
+    if teacher.width != tower.width:
+        raise InputError(
+            f"{config.choices.siglip2}: gives vectors of {teacher.width} numbers, the text tower of {tower.width}; "
+            "name the two towers of one checkpoint"
+        )
+    return teacher
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device '{name}'; use cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here; use --device cpu")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"{torch.cuda.device_count()} GPUs here for more processes; start one for each")
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _together(device: torch.device) -> Iterator[None]:
+    """Meet the other processes that torchrun started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

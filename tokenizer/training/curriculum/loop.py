@@ -1,0 +1,297 @@
+"""The loop of a run: batches in, steps, logs, validation, checkpoints; it goes on where an earlier one stopped.
+
+What a step does depends on the settings, the number of the step and the weights before it, and on nothing else: batches
+come from the loader's state, noise from the seed and the step. So a run that was killed at any moment and started again
+gives, bit for bit on a CPU, what it would have given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer.atomic import atomic_path
+from tokenizer.config import config_to_dict
+from tokenizer.errors import InputError
+from tokenizer.gaussians.decoder import GaussianDecoder
+from tokenizer.tensorio import write_pt
+from tokenizer.training.curriculum.checkpoint import Checkpoints, read_loop, read_tensors
+from tokenizer.training.curriculum.config import RunConfig
+from tokenizer.training.curriculum.engine import Engine, Outcome
+from tokenizer.training.curriculum.flops import Work
+from tokenizer.training.curriculum.interruption import Interruption, exit_status
+from tokenizer.training.curriculum.pictures import Pair, pairs_of, save_sheet
+from tokenizer.training.curriculum.preparation import Prepared, Preparer
+from tokenizer.training.curriculum.processes import Processes
+from tokenizer.training.curriculum.records import Records
+from tokenizer.training.curriculum.start import MODEL
+from tokenizer.training.curriculum.tasks import is_understanding
+from tokenizer.training.curriculum.validation import Validation
+from tokenizer.training.feeding import StepBatch, StepSource
+
+PICTURES, BAD_STEPS = "pictures", "bad-steps"
+"""Folders in that of a run."""
+
+MAY_CHANGE = frozenset(
+    {"steps", "out", "data", "validation", "log", "checkpoint", "accumulation", "engine", "max_bad_steps"}
+    | {"peak_tflops", "start"}
+)
+"""Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    step: steps done. tokens: trained on, in all processes. bad_row, bad: steps that were not finite, in a row up to
+    now and in all. best: score and step of the best checkpoint.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    bad_row: int = 0
+    bad: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """Runs a configuration to its end.
+
+    Args:
+        config: the run. folder: where it writes.
+        engine, preparer, source, validation: its parts, of this process.
+        work: counts operations; peak: operations a second of this process's device.
+        records, checkpoints, processes: see there.
+        gaussians: the model's decoder, for pictures.
+        alignment: settings of the text alignment, kept in checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        preparer: Preparer,
+        source: StepSource,
+        validation: Validation,
+        records: Records,
+        checkpoints: Checkpoints,
+        processes: Processes,
+        *,
+        work: Work,
+        peak: float,
+        gaussians: GaussianDecoder | None = None,
+        alignment: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.folder = config, Path(config.out)
+        self.engine, self.preparer, self.source, self.validation = engine, preparer, source, validation
+        self.records, self.checkpoints, self.processes = records, checkpoints, processes
+        self.work, self.peak, self.gaussians, self.alignment = work, peak, gaussians, alignment
+        self.settings = config_to_dict(config)
+        self.progress = Progress()
+        self._interval = [0.0, 0.0]  # tokens and operations of this process since the last line of the logs
+        self._since = time.perf_counter()
+        self._saved = -1
+
+    def run(self) -> int:
+        """Train to the end, or until a signal asks to stop.
+
+        Returns:
+            0, or the exit status of `tokenizer.training.curriculum.interruption`.
+
+        Raises:
+            InputError: a checkpoint of other settings, data that end, or too many bad steps; what was done is on disk.
+        """
+        with Interruption() as interruption, self.records:
+            self._resume()
+            progress = self.progress
+            if progress.step == 0:
+                self._validate()
+            stopped = 0
+            while progress.step < self.config.steps and not stopped:
+                self._step()
+                stopped = int(self.processes.largest(interruption.signal))
+                if stopped or progress.step % self.config.checkpoint.every == 0 or progress.step == self.config.steps:
+                    self._save()
+            if stopped and progress.step < self.config.steps:
+                self.records.say(f"stopped after step {progress.step}; start again to go on")
+                return exit_status(stopped)
+            self.engine.save_model(self.folder / MODEL)
+            self.processes.wait()
+        return 0
+
+    # ------------------------------------------------------------------ a step
+
+    def _step(self) -> None:
+        step = self.progress.step
+        turns = [self._next(step) for _ in range(self.config.accumulation)]
+        prepared = self.preparer(turns, step)
+        losses = self.engine.forward_backward(prepared)
+        outcome = self.engine.clip_and_step(step, losses["loss"])
+        self._count(prepared)
+        self.progress.step += 1
+        if outcome.done:
+            self.progress.bad_row = 0
+        else:
+            self._bad_step(step, turns, prepared)
+        self._log(losses, outcome)
+        if self.progress.step % self.config.log.pictures_every == 0:
+            self._pictures(prepared)
+        if self.progress.step % self.config.validation.every == 0 or self.progress.step == self.config.steps:
+            self._validate()
+
+    def _next(self, step: int) -> Sequence[StepBatch]:
+        try:
+            return next(self.source)
+        except StopIteration:
+            raise InputError(
+                f"the training data ended after {step} steps; let its sources have epochs without end"
+            ) from None
+
+    def _count(self, prepared: Sequence[Prepared]) -> None:
+        self.progress.tokens += int(sum({part.task: part.totals.tokens for part in prepared}.values()))
+        self._interval[0] += sum(part.tokens.num_tokens for part in prepared)
+        self._interval[1] += sum(self.work.of(part.tokens, part.task) for part in prepared)
+
+    def _bad_step(self, step: int, turns: Sequence[Sequence[StepBatch]], prepared: Sequence[Prepared]) -> None:
+        """Count a step that was not finite, keep its batches, and stop after too many in a row."""
+        progress = self.progress
+        progress.bad, progress.bad_row = progress.bad + 1, progress.bad_row + 1
+        batches = [batch for turn in turns for batch in turn]
+        path = self.folder / BAD_STEPS / f"step-{step:06d}-process-{self.processes.rank}.pt"
+        with atomic_path(path) as temporary:
+            write_pt([_inspectable(*pair) for pair in zip(batches, prepared, strict=True)], temporary)
+        self.records.say(f"step {step}: loss or gradient is not finite; skipped, its batches are in {path}")
+        if progress.bad_row >= self.config.max_bad_steps:
+            self._save()
+            raise InputError(
+                f"{progress.bad_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
+                f"optimizer.lr or look at the batches in {path.parent}"
+            )
+
+    # ------------------------------------------------------------------ what people see
+
+    def _log(self, losses: dict[str, float], outcome: Outcome) -> None:
+        progress = self.progress
+        self.records.advance(progress.step, f"loss {losses['loss']:.4f}")
+        if progress.step % self.config.log.every and progress.step != self.config.steps:
+            return
+        packing = {str(task): report.running for task, report in self.source.reports.items()}
+        counts = self.processes.sum([count for w in packing.values() for count in (w.wasted, w.wasted + w.tokens)])
+        waste = {f"waste/{task}": counts[2 * n] / max(1.0, counts[2 * n + 1]) for n, task in enumerate(packing)}
+        self.records.metrics(
+            progress.step,
+            {
+                **losses,
+                **{f"norm/{part}": norm for part, norm in outcome.norms.items()},
+                **{f"rate/{group}": rate for group, rate in outcome.rates.items()},
+                **waste,
+                "tokens": progress.tokens,
+                "bad steps": progress.bad,
+            },
+        )
+        seconds = time.perf_counter() - self._since
+        tokens, work = self.processes.sum(self._interval)
+        self.records.speed(
+            progress.step,
+            {
+                "seconds": seconds,
+                "tokens a second": tokens / seconds,
+                "utilisation": work / seconds / self.peak / self.processes.world,
+                "data wait": self.processes.largest(self.source.wait_share()),
+            },
+        )
+        self._interval, self._since = [0.0, 0.0], time.perf_counter()
+
+    def _validate(self) -> None:
+        found = self.validation()
+        if not found:
+            return
+        progress = self.progress
+        self.records.metrics(progress.step, found)
+        shown = "  ".join(f"{name.removeprefix('validation/')} {value:.3f}" for name, value in found.items())
+        self.records.say(f"step {progress.step}: {shown}")
+        score = self.validation.score(found)
+        if score is not None and progress.step and score > progress.best.get("score", float("-inf")):
+            progress.best = {"score": score, "step": progress.step}
+            self._save()
+
+    def _pictures(self, prepared: Sequence[Prepared]) -> None:
+        """Sheets of held-out sources, or without any of this step's batches."""
+        count = self.config.log.pictures
+        sheets: dict[str, list[Pair]] = self.validation.pictures(count)
+        if not sheets:
+            for part in prepared:
+                if not is_understanding(part.task):
+                    outputs = self.engine.infer(part.tokens, part.task)
+                    patch = self.preparer.patch_size
+                    pairs = pairs_of(part.task, part.tokens, part.views, outputs, patch, count, self.gaussians)
+                    sheets.update({part.task: pairs} if pairs else {})
+        if self.processes.first:
+            for name, pairs in sheets.items():
+                save_sheet(pairs, self.folder / PICTURES / f"step-{self.progress.step:06d}" / f"{name}.png")
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self) -> None:
+        if self._saved == self.progress.step:
+            return
+        tensors = self.engine.state_dict()
+        chance = self.processes.gather(torch.get_rng_state())
+        loaders = self.processes.gather(self.source.state_dict())
+        if self.processes.first:
+            progress = self.progress
+            loop = {
+                "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+                "settings": self.settings,
+                "alignment": self.alignment,
+                "loaders": loaders,
+            }
+            best = int(progress.best["step"]) if progress.best else None
+            self.checkpoints.save(progress.step, {**tensors, "rng": chance}, loop, best)
+        self.processes.wait()
+        self._saved = self.progress.step
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        if self.processes.first:
+            self.checkpoints.clean()
+        newest = self.processes.from_first(str(self.checkpoints.newest() or "") if self.processes.first else "")
+        if newest:
+            path = Path(newest)
+            loop = read_loop(path)
+            self._check_settings(path, loop["settings"])
+            self.source.load_state_dict(loop["loaders"])
+            tensors = read_tensors(path)
+            self.engine.load_state_dict(tensors)
+            if len(tensors["rng"]) == self.processes.world:
+                torch.set_rng_state(tensors["rng"][self.processes.rank].clone())
+            self.progress = Progress(**loop["progress"])
+            self._saved = self.progress.step
+            self.records.say(f"going on from step {self.progress.step}")
+        self.records.start(self.progress.step)
+        self._since = time.perf_counter()
+
+    def _check_settings(self, path: Path, then: dict[str, Any]) -> None:
+        changed = [key for key, value in self.settings.items() if then.get(key) != value and key not in MAY_CHANGE]
+        if changed:
+            raise InputError(
+                f"{path} belongs to a run with other settings ({', '.join(sorted(changed))}); choose another out= "
+                "folder or remove it"
+            )
+
+
+def _inspectable(batch: StepBatch, part: Prepared) -> dict[str, Any]:
+    """A batch as plain values and tensors."""
+    return {
+        "task": part.task,
+        "ids": list(part.ids),
+        "captions": [item.caption for item in batch.items],
+        "features": part.tokens.features.cpu(),
+        "positions": part.tokens.host_positions,
+        "lengths": part.tokens.lengths,
+    }
