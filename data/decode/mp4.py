@@ -30,10 +30,15 @@ class VideoTrack:
     codec: str
 
 
+def is_mp4(data: bytes) -> bool:
+    """Whether a file begins as an MP4 or MOV does."""
+    return data[4:8] == b"ftyp"
+
+
 def video_track(data: bytes) -> VideoTrack | None:
     """The video track of a file, or None for another format, a damaged one, one of several video tracks, or one whose
     frames come in fragments."""
-    if data[4:8] != b"ftyp":
+    if not is_mp4(data):
         return None
     try:
         moov = next((body for kind, body in _boxes(memoryview(data)) if kind == b"moov"), None)
@@ -95,7 +100,9 @@ def _leaves(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 def _timed_frames(runs: memoryview) -> int:
     """How many frames have a time, from runs of a number of frames and the time that each of them lasts."""
     (entries,) = struct.unpack_from(">I", runs, 4)
-    return sum(count for count, _ in struct.iter_unpack(">II", runs[8 : 8 + 8 * entries]))
+    if len(runs) != 8 + 8 * entries:  # FFmpeg reads on behind the box
+        raise ValueError("not as many runs as there is room for")
+    return sum(count for count, _ in struct.iter_unpack(">II", runs[8:]))
 
 
 def _turned(header: memoryview) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.decode.images import cut
-from data.decode.mp4 import video_track
+from data.decode.mp4 import is_mp4, video_track
 from data.resolution import Size, View
 from data.samples import SampleError
 from tokenizer.errors import InputError
@@ -40,7 +40,9 @@ ChooseView = Callable[[Size], View]
 ChooseFrames = Callable[[NDArray[np.float64]], Sequence[int]]
 """Which frames, ascending, of those shown at these seconds."""
 
-_FAST_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
+_FAST_FORMATS = ("matroska,webm", "avi")
+"""Beside MP4 and MOV, whose boxes tell what FFmpeg does not before it has decoded a frame: whether to turn it."""
+
 _SLOW_CODECS = ("vp8",)
 _SLOW_TAGS = ("vp08", "av01")
 """Packets of VP8 that hold no frame to show are counted by decord; AV1 it cannot decode."""
@@ -102,7 +104,7 @@ class _DisagreementError(Exception):
 
 def _read_header(path: Path, data: bytes) -> _Header | None:
     """None: not for decord, whatever it is."""
-    header = _boxed_header(data) or _probed_header(path)
+    header = _boxed_header(data) if is_mp4(data) else _probed_header(path)
     if header is None or not 0 < header.size[0] * header.size[1] < MAX_PIXELS:
         return None
     # Damaged; decord makes room for as many frames as are declared, or aborts the process.

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.decode.temporal import DRAWS, FRAMES, MAX_FRAMES, reconstruction_frames, understanding_frames
@@ -33,6 +33,7 @@ def test_a_run_is_even_whole_and_inside(count: int, drawn: tuple[float, ...] | N
         assert indices == [*range(count), *[count - 1] * (multiple - count)]
 
 
+@settings(max_examples=40)
 @given(st.floats(0, 0.999), st.floats(0, 0.999), st.floats(0, 0.999))
 def test_a_long_clip_gets_the_strides_of_its_regime(pace: float, size: float, begin: float) -> None:
     for regime, strides in ((0.2, range(1, 4)), (0.7, range(4, 13))):
@@ -54,6 +55,7 @@ def test_runs_reach_both_ends_of_a_clip() -> None:
     assert starts == {0, 1, 2, 3, 4}  # 16 frames of 20
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.floats(0, 3), max_size=150),
     UNIT,
