@@ -1,0 +1,17 @@
+"""FP8 for the plain torch engine: linear layers swapped from outside; the model knows nothing of it.
+
+    conversion = convert(network, FP8Config(), device)       # before the optimizer or FSDP2 sees the model
+    ... train under torch.autocast(bfloat16) as before ...
+    checkpoint["fp8"] = conversion.state_dict()              # histories of the delayed recipe; empty for tensorwise
+
+Read in this order: `config` (the switch), `plan` (which layers, and why not the others), `choose` (which backend),
+`rows` (padding), `emulate` (the arithmetic, in plain torch), `backends` (torchao and Transformer Engine) and `convert`,
+which joins them. `python -m tokenizer.fp8 --model so400m-c` prints the plan. Megatron's engine has its own FP8
+(`tokenizer.megatron.fp8`), of which this package takes options, exceptions and recipes.
+"""
+
+from tokenizer.fp8.config import FP8Config
+from tokenizer.fp8.convert import Conversion, convert
+from tokenizer.fp8.plan import LayerPlan, plan
+
+__all__ = ["Conversion", "FP8Config", "LayerPlan", "convert", "plan"]

@@ -1,0 +1,143 @@
+"""Layers that compute in FP8 on CUDA: torchao's and Transformer Engine's, each imported when it is asked for.
+
+Both take the place of an `nn.Linear` with its parameters, the same objects under the same names, so that optimizers,
+checkpoints and weights of other models know no difference.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.errors import InputError
+from tokenizer.fp8.config import FP8Config
+from tokenizer.fp8.rows import in_padded_rows
+from tokenizer.megatron.fp8 import fp8_recipe
+
+
+def torchao_layers(model: nn.Module, names: Iterable[str], config: FP8Config, *, emulate: bool = False) -> None:
+    """Swap the named layers for torchao's `Float8Linear`, which pads where a product needs it.
+
+    Args:
+        emulate: compute the products in float32, on any device.
+
+    Raises:
+        InputError: torchao is broken.
+    """
+    float8 = _imported("torchao.float8", "torchao", "transformer_engine")
+    chosen = frozenset(names)
+    gradient = torch.float8_e5m2 if config.fp8_format == "hybrid" else torch.float8_e4m3fn
+    options = float8.Float8LinearConfig(
+        cast_config_grad_output=float8.CastConfig(target_dtype=gradient), pad_inner_dim=True, emulate=emulate
+    )
+
+    def is_chosen(_: nn.Module, name: str) -> bool:
+        return name in chosen
+
+    float8.convert_to_float8_training(model, module_filter_fn=is_chosen, config=options)
+
+
+def engine_layers(model: nn.Module, names: Iterable[str], stacks: Iterable[nn.Module], config: FP8Config) -> None:
+    """Swap the named layers for Transformer Engine's `Linear`, and let `stacks` run them in its FP8 mode.
+
+    The mode is entered once for each pass through a stack: leaving it is when the delayed recipe moves its histories
+    and, among several processes, takes the largest of all.
+
+    Raises:
+        InputError: Transformer Engine is broken.
+    """
+    engine = _imported("transformer_engine.pytorch", "transformer_engine", "torchao")
+    kind = _engine_linear(engine)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, kind(linear))
+    recipe = fp8_recipe(config.megatron())
+    for stack in stacks:
+        _run_inside(stack, lambda: _fp8_mode(engine, recipe))
+
+
+class EngineLayer(Protocol):
+    """A Transformer Engine layer as `engine_layers` makes them: FP8 scales and histories apart from its state dict."""
+
+    def fp8_state(self) -> Any: ...
+
+    def load_fp8_state(self, state: Any) -> None: ...
+
+
+def _engine_linear(engine: Any) -> Callable[[nn.Linear], nn.Module]:
+    """Transformer Engine's layer with padded rows and an unchanged state dict."""
+
+    class EngineLinear(engine.Linear):  # type: ignore[misc]
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                params_dtype=linear.weight.dtype,
+                device=linear.weight.device,
+                init_method=_leave,
+            )
+            self.weight = linear.weight
+            if linear.bias is not None:
+                self.bias = linear.bias
+            self.train(linear.training)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return in_padded_rows(super().forward, x)
+
+        # Transformer Engine adds `_extra_state` to state dicts. With torch's own methods nn.Module leaves it out, and
+        # the two below carry it.
+        get_extra_state = nn.Module.get_extra_state
+        set_extra_state = nn.Module.set_extra_state
+
+        def fp8_state(self) -> Any:
+            return engine.Linear.get_extra_state(self)
+
+        def load_fp8_state(self, state: Any) -> None:
+            engine.Linear.set_extra_state(self, state)
+
+    return EngineLinear
+
+
+def _leave(_: Tensor) -> None:
+    """Draws nothing: the parameters are replaced at once."""
+
+
+def _fp8_mode(engine: Any, recipe: Any) -> AbstractContextManager[None]:
+    """Transformer Engine's context under its present or its older name."""
+    if hasattr(engine, "autocast"):
+        mode: AbstractContextManager[None] = engine.autocast(enabled=True, recipe=recipe)
+        return mode
+    older: AbstractContextManager[None] = engine.fp8_autocast(enabled=True, fp8_recipe=recipe)
+    return older
+
+
+def _run_inside(module: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter a new context before each call of a module and leave it after, also when the call fails."""
+    entered: list[AbstractContextManager[None]] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(context())
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+def _imported(module: str, backend: str, other: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken build fails with anything from OSError to AssertionError
+        raise InputError(
+            f"{backend} is installed but cannot be imported; reinstall it for this torch and CUDA, or set "
+            f"fp8.backend={other}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None

@@ -1,0 +1,61 @@
+"""The switch: `fp8: null` in YAML is bfloat16, `fp8: {}` FP8 with these defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizer.errors import InputError
+from tokenizer.megatron.config import ParallelConfig
+
+Backend = Literal["transformer_engine", "torchao", "emulated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FP8Config:
+    """How linear layers compute in FP8. Options that Megatron has are named and checked as its are.
+
+    fp8_format: "hybrid" (E4M3 for activations and weights, E5M2 for gradients) or "e4m3" (for all three).
+    fp8_recipe: "tensorwise" scales a tensor by its own largest value; "delayed" by the largest of the last calls, which
+        saves a pass over it. Tensorwise is the default because every backend has it; torchao has no delayed scaling.
+    fp8_margin / fp8_amax_history_len / fp8_amax_compute_algo: of the delayed recipe: powers of two to spare, calls that
+        are remembered, and whether their largest or the last one counts.
+    num_layers_at_start_in_bf16 / num_layers_at_end_in_bf16: blocks of encoder and decoder that stay bfloat16.
+    backend: "auto" is Transformer Engine on CUDA where it is installed, torchao where not, and emulation on a CPU.
+    keep: names of further layers that stay bfloat16, with * and ?: "decoder.*", "*.mlp.down".
+    """
+
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    fp8_recipe: Literal["tensorwise", "delayed"] = "tensorwise"
+    fp8_margin: int = 0
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0
+    backend: Literal["auto", "transformer_engine", "torchao", "emulated"] = "auto"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.fp8_amax_history_len < 1:
+            raise InputError(f"fp8_amax_history_len must be at least 1, got {self.fp8_amax_history_len}")
+        if self.backend == "torchao" and self.fp8_recipe == "delayed":
+            raise InputError("torchao has no delayed scaling; use fp8_recipe tensorwise or another backend")
+        self.megatron()
+
+    def megatron(self) -> ParallelConfig:
+        """The same choices as Megatron's options: what is impossible there is refused here too.
+
+        Raises:
+            InputError: negative numbers of blocks, or the delayed recipe with blocks in bfloat16.
+        """
+        return ParallelConfig(
+            transformer_impl="transformer_engine",
+            bf16=True,
+            fp8_format=self.fp8_format,
+            fp8_recipe=self.fp8_recipe,
+            fp8_margin=self.fp8_margin,
+            fp8_amax_history_len=self.fp8_amax_history_len,
+            fp8_amax_compute_algo=self.fp8_amax_compute_algo,
+            num_layers_at_start_in_bf16=self.num_layers_at_start_in_bf16,
+            num_layers_at_end_in_bf16=self.num_layers_at_end_in_bf16,
+        )
