@@ -34,14 +34,13 @@ CONFIG = ATokenConfig(
     name="small",
     patch_size=(4, 4, 4),
     latent_channels=12,
-    encoder=TransformerConfig(width=32, depth=2, heads=4, mlp_width=48, norm="layer", bias=True, qk_norm=False),
-    decoder=TransformerConfig(width=48, depth=3, heads=2, mlp_width=64, norm="rms", bias=False, qk_norm=True),
+    encoder=TransformerConfig(width=32, depth=1, heads=4, mlp_width=48, norm="layer", bias=True, qk_norm=False),
+    decoder=TransformerConfig(width=48, depth=2, heads=2, mlp_width=64, norm="rms", bias=False, qk_norm=True),
 )
 DISCRETE = replace(
     CONFIG, quantizer=FSQConfig(codebook_size=4096, codebooks=2), skip=SkipConfig(still_codes=3, clip_codes=2)
 )
 
-Differences = dict[str, float]
 Report = Callable[[str, float], None]
 
 

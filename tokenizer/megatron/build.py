@@ -9,6 +9,7 @@ On a CPU everything after the first line happens inside `tokenizer.megatron.cpu.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -77,14 +78,16 @@ def build_model(
         native = ATokenNetwork(config)
         native.reset_parameters(weights)
         weights = native.state_dict()
-    model = MegatronAToken(
-        config,
-        parallel,
-        dtype or (torch.bfloat16 if parallel.bf16 else torch.float32),
-        torch.device(device),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Megatron's defaults for graphs, which we do not use
+        model = MegatronAToken(
+            config,
+            parallel,
+            dtype or (torch.bfloat16 if parallel.bf16 else torch.float32),
+            torch.device(device),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        )
     load_native(model, weights)
     mark_shares(model)
     return model

@@ -7,6 +7,7 @@ is split along it over tensor ranks; all others are whole on each. `heads` marks
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ def engine_name(megatron: str) -> str:
     return megatron
 
 
+@functools.cache
 def _find(name: str, side: str) -> Weight:
     for row in TABLE:
         template, other = (row.native, row.megatron) if side == "native" else (row.megatron, row.native)
@@ -115,6 +117,7 @@ def _replace_field(template: str, symbol: str, value: str) -> str:
     return ".".join(value if field == symbol else field for field in template.split("."))
 
 
+@functools.cache
 def _pattern(template: str) -> str:
     fields = {"PART": "(?P<part>encoder|decoder)", "N": r"(?P<number>\d+)", "*": r"(?P<rest>.+)"}
     return r"\.".join(fields.get(field, re.escape(field)) for field in template.split("."))
