@@ -74,11 +74,12 @@ def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
     Costs are left out: they are of the machine, not of the model.
     """
     preset, name = results["preset"], next(iter(results["systems"]))
+    machine, weights = results["machine"], str(results["systems"][name]["weights_sha256"])[:16]
+    place = machine["device"].split()[0].upper()
     lines = [
         "",
-        f"{preset['protocol']} In {results['machine']['dtype']} on a {results['machine']['device'].split()[0].upper()}; "
-        f"weights `{str(results['systems'][name]['weights_sha256'])[:16]}…`, seed {results['seed']}. In brackets: 95 % "
-        "bootstrap intervals over samples. Bits are those of latents as stored here; in bfloat16 they are half as many.",
+        f"{preset['protocol']} In {machine['dtype']} on a {place}; weights `{weights}…`. In brackets 95 % bootstrap",
+        "intervals over samples. Bits are those of latents as stored in this type; in bfloat16 they are half as many.",
     ]
     for kind, rows in results["kinds"].items():
         columns = [column for column in columns_of(rows) if column not in _COSTS]

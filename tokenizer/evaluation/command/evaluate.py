@@ -168,7 +168,7 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
         raise InputError(f"--limit must be at least 1, got {options.limit}")
     if options.metrics is not None and (unknown := options.metrics - set(METRICS)):
         raise InputError(f"--metrics {', '.join(sorted(unknown))}: unknown; choose from {', '.join(METRICS)}")
-    source = open_source(options.data, read_captions(options.captions))
+    source, labels = open_source(options.data, read_captions(options.captions)), read_labels(options.labels)
     systems = _models(options, load_model) + _others(options)
     aligned = _alignments(options, systems, notes)
     systems += _baselines(options, systems, notes)
@@ -199,7 +199,7 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
         figures=frozenset({metric for metric in ("psnr", "ssim") if options.wants(metric)} | set(lpips)),
         networks=networks,
         alignments=aligned,
-        labels=read_labels(options.labels),
+        labels=labels,
         limit=options.limit,
         seed=options.seed,
         arguments=arguments,

@@ -40,9 +40,12 @@ td small { color: #5c6670; font-weight: 400; }
 .plot .frame { fill: none; stroke: #9aa4ad; } .plot .grid { stroke: #e2e6ea; }
 .legend { list-style: none; margin: 2px 0 0 58px; padding: 0; font-size: 0.8rem; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; }
-figure { margin: 0; max-width: 100%; } figcaption { font-size: 0.8rem; max-width: 512px; }
+figure { margin: 0; max-width: 100%; display: table; }
+figcaption { font-size: 0.8rem; display: table-caption; caption-side: bottom; }
 figcaption b { font-weight: 600; } img, video { max-width: 100%; display: block; background: #eef1f4; }
-.asset figure { width: 100%; } .asset img { width: 100%; max-width: 1200px; }
+.asset figure, .video figure { display: block; width: 100%; }
+.asset figcaption, .video figcaption { display: block; }
+ .asset img { width: 100%; max-width: 1200px; }
 details { margin: 8px 0; } pre { overflow-x: auto; background: #f4f6f8; padding: 10px; font-size: 0.8rem; }
 code { overflow-wrap: anywhere; }
 """

@@ -99,7 +99,7 @@ def make_results(plan: Plan, measurement: Measurement, facts: Mapping[str, Any],
         "samples": {kind: count for kind, count in counts.items() if count},
         "kinds": kinds,
         "left_out": {"samples": len(measurement.left_out), "reasons": measurement.left_out},
-        "notes": [*notes, *_warnings(kinds)],
+        "notes": [*notes, *_warnings(kinds), *_unanswered(plan, measurement, kinds)],
     }
 
 
@@ -179,6 +179,20 @@ def _warnings(kinds: Mapping[Kind, Any]) -> list[str]:
         if one["warning"]
     ]
     return list(dict.fromkeys(found))
+
+
+def _unanswered(plan: Plan, measurement: Measurement, kinds: Mapping[Kind, Any]) -> list[str]:
+    """Tasks that the data cannot answer for models that could."""
+    needs = {
+        "zero-shot": ("zero_shot", "two classes (folders, or those that --labels names)"),
+        "retrieval": ("retrieval", "two samples with captions (NAME.txt beside them, or --captions)"),
+    }
+    return [
+        f"no {task} of {system} ({kind}): it needs at least {what}"
+        for kind, system in measurement.vectors
+        for task, (key, what) in needs.items()
+        if task in plan.preset.tasks and key not in kinds.get(kind, {}).get(system, {})
+    ]
 
 
 def _enough(meter: Any) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenizer.api import AToken
-from tokenizer.errors import InputError
 from tokenizer.evaluation.bootstrap import bootstrap_mean
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.samples import Sample
@@ -142,9 +141,3 @@ def _interval(share: float, count: int, seed: int) -> dict[str, Any]:
     """Of a share of right answers: the bootstrap of ones and zeros depends on nothing but how many there are."""
     right = round(share * count)
     return asdict(bootstrap_mean([1.0] * right + [0.0] * (count - right), seed))
-
-
-def check_names(names: Mapping[str, str] | None, labels: Sequence[str | None]) -> None:
-    """Raise `InputError` if --labels knows none of the classes that occur."""
-    if names is not None and labels and not any(label in names for label in labels):
-        raise InputError(f"--labels: names none of the classes of the data, such as '{labels[0]}'")
