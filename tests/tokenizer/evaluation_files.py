@@ -79,10 +79,10 @@ class Coarse:
     name = "coarse"
 
     def encode(self, frames: Pixels) -> tuple[Pixels, float]:
-        return frames >> 4, 4.0 * frames.size
+        return (frames >> 4).astype(np.uint8), 4.0 * frames.size
 
     def decode(self, code: Pixels) -> Pixels:
-        return (code << 4) | 8
+        return ((code << 4) | 8).astype(np.uint8)
 
 
 class Tower:

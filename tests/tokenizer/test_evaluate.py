@@ -186,7 +186,7 @@ class TestUnderstanding:
             word = path.parent.name if number != 3 else "blue"
             vector = tower.encode([f"{word} picture {number}"])[0]
             vectors[fingerprint(model.encode_image(load_image(path)).pooled[0])] = vector
-        model.text_alignment = Alignment(tower, vectors)
+        model.text_alignment = Alignment(tower, vectors)  # type: ignore[assignment]
         chosen = frozenset({"psnr", "zero-shot", "retrieval"})
         results = evaluate(options(data, tmp_path / "out", metrics=chosen), lambda *_: model)
         assert results is not None

@@ -20,7 +20,7 @@ from tokenizer.assets.raycast import render_views
 from tokenizer.cameras import sphere_cameras
 from tokenizer.demo import ASSET
 from tokenizer.errors import InputError
-from tokenizer.evaluation.card import BEGIN, END, main, read_card
+from tokenizer.evaluation.card import END, begin_mark, main, read_card
 from tokenizer.evaluation.command.baselines import CODERS, best_within
 from tokenizer.evaluation.command.datasets import open_source
 from tokenizer.evaluation.command.evaluate import evaluate
@@ -181,7 +181,7 @@ def test_plots_hold_every_mark_inside_the_frame() -> None:
 class TestCard:
     def test_card_of_the_bundled_model_states_the_figures_of_its_weights(self) -> None:
         """PSNR and SSIM of the six photographs; LPIPS of the first."""
-        stated, preset = read_card("atoken-nano"), find_preset("nano")
+        stated, preset = read_card("atoken-nano", "packaged"), find_preset("nano")
         system = ATokenSystem(load("atoken-nano", torch.device("cpu")), "atoken-nano", preset)
         source = open_source("packaged")
         lpips = PairMetrics.from_packages(["alexnet"])
@@ -205,7 +205,7 @@ class TestCard:
             if file.is_file():
                 (models / "atoken-nano" / file.name).write_bytes(file.read_bytes())
         card = models / "atoken-nano" / "README.md"
-        card.write_text(f"# before\n{BEGIN}\nold\n{END}\nafter\n")
+        card.write_text(f"# before\n{begin_mark('data')}\nold\n{END}\nafter\n")
         monkeypatch.setattr(checkpoints, "PRETRAINED", models)
         data, out = picture_folder(tmp_path / "data", 3), tmp_path / "out"
         evaluate(options(data, out), load)
@@ -215,7 +215,7 @@ class TestCard:
         assert text.endswith("after\n")
         assert "old" not in text
         line: Any = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
-        assert read_card("atoken-nano")[line["id"]]["atoken-nano"][0] == round(
+        assert read_card("atoken-nano", "data")[line["id"]]["atoken-nano"][0] == round(
             line["systems"]["atoken-nano"]["psnr"], 2
         )
         weights = models / "atoken-nano" / "model.safetensors"

@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,8 @@ from tokenizer.evaluation.command.markdown import table
 from tokenizer.evaluation.command.results import COLUMNS, SAMPLES, Results, columns_of
 
 CARD: Final = "README.md"
-BEGIN: Final = "<!-- figures: written by atoken evaluate --card -->"
+BEGIN: Final = "<!-- figures on {data}: written by atoken evaluate --card -->"
+"""data: the last part of --data; a card may hold figures on several sets."""
 END: Final = "<!-- end of figures -->"
 
 _TITLES: Final = {"image": "Photographs", "video": "Film", "asset": "3D assets"}
@@ -58,14 +60,20 @@ def update_card(results: Results, samples: Sequence[Mapping[str, Any]]) -> Path:
     if results["systems"][name].get("weights_sha256") != file_checksum(name):
         raise InputError(f"--card: these results are of other weights than those bundled as '{name}'; measure again")
     card = folder / CARD
-    text = card.read_text(encoding="utf-8")
-    start, end = text.find(BEGIN), text.find(END)
-    if start < 0 or end < start:
-        raise InputError(f"{card}: has no lines '{BEGIN}' and '{END}' to write figures between")
+    text, begin = card.read_text(encoding="utf-8"), begin_mark(results["data"]["source"])
+    start = text.find(begin)
+    end = text.find(END, start)
+    if start < 0 or end < 0:
+        raise InputError(f"{card}: has no lines '{begin}' and '{END}' to write figures between")
     with atomic_path(card) as temporary:
         figures = card_figures(results, samples)
-        temporary.write_text(f"{text[:start]}{BEGIN}\n{figures}\n{text[end:]}", encoding="utf-8")
+        temporary.write_text(f"{text[:start]}{begin}\n{figures}\n{text[end:]}", encoding="utf-8")
     return card
+
+
+def begin_mark(data: str) -> str:
+    """The line before the figures on what --data named."""
+    return BEGIN.format(data=Path(data).name)
 
 
 def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
@@ -76,11 +84,11 @@ def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
     preset, name = results["preset"], next(iter(results["systems"]))
     machine, weights = results["machine"], str(results["systems"][name]["weights_sha256"])[:16]
     place = machine["device"].split()[0].upper()
-    lines = [
-        "",
-        f"{preset['protocol']} In {machine['dtype']} on a {place}; weights `{weights}…`. In brackets 95 % bootstrap",
-        "intervals over samples. Bits are those of latents as stored in this type; in bfloat16 they are half as many.",
-    ]
+    told = (
+        f"{preset['protocol']} In {machine['dtype']} on a {place}; weights `{weights}…`. In brackets 95 % bootstrap "
+        "intervals over samples. Bits are those of latents as stored in this type; in bfloat16 they are half as many."
+    )
+    lines = ["", *textwrap.wrap(told, 120)]
     for kind, rows in results["kinds"].items():
         columns = [column for column in columns_of(rows) if column not in _COSTS]
         lines += ["", f"### {_TITLES[kind]}", "", *table(rows, columns)]
@@ -93,15 +101,16 @@ def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
             for system, figures in sample["systems"].items():
                 cells = [f" {figures[column]:.{COLUMNS[column].digits}f} |" for column in shown]
                 lines.append(f"| `{sample['id']}` | {system} |{''.join(cells)}")
-    lines += ["", *(f"Note: {note}." for note in results["notes"]), "", "```sh", results["command"], "```", ""]
+    lines += ["", *(f"- {note}" for note in results["notes"]), "", "```sh", results["command"], "```", ""]
     return "\n".join(lines)
 
 
-def read_card(name: str) -> dict[str, dict[str, list[float]]]:
-    """Figures that the card of a bundled model states: {sample: {system: [PSNR, SSIM, LPIPS VGG, LPIPS AlexNet]}}."""
+def read_card(name: str, data: str) -> dict[str, dict[str, list[float]]]:
+    """What the card of a bundled model states of a data set: {sample: {system: [PSNR, SSIM, LPIPS VGG, AlexNet]}}."""
     text = (bundled_models()[name] / CARD).read_text(encoding="utf-8")
+    start = text.index(begin_mark(data))
     found: dict[str, dict[str, list[float]]] = {}
-    for line in text[text.find(BEGIN) : text.find(END)].splitlines():
+    for line in text[start : text.index(END, start)].splitlines():
         row = _ROW.match(line)
         if row is not None:
             values = [float(cell) for cell in row["values"].split("|")]
