@@ -53,8 +53,9 @@ _MISSING_SECONDS = 0.5
 _BLOCK = 8
 """Frames in memory at full width at a time."""
 
-_EOF_RETRIES = "256"
-"""decord's 10,240 keep a worker busy for minutes with a file whose last frames cannot be decoded."""
+_EOF_RETRIES = "2048"
+"""Fewer than decord's 10,240, lest a file whose end cannot be decoded keep a worker busy. With 16 it gives up where it
+can still go on, and which way a clip goes should not depend on how busy the machine is."""
 
 _NOTHING_RECOVERED = 1e-6
 """Share of frames that decord may replace by their neighbours: less than one frame."""
