@@ -1,4 +1,4 @@
-"""What an evaluation is run on: a folder of files, shards, or the packaged test pictures.
+"""What an evaluation is run on: a folder of files, shards, a store of assets, or the packaged test pictures.
 
 A source lists its samples by number, so that any process can take its share and a resumed run can go on. Shards are
 opened by other rooms, which name a function in the entry point group "atoken.readers"; the tokenizer knows none of
@@ -24,6 +24,8 @@ from tokenizer.assets.load import is_asset
 from tokenizer.assets.views import TRANSFORMS_FILE, Views
 from tokenizer.errors import InputError
 from tokenizer.evaluation.command.presets import Kind
+from tokenizer.evaluation.command.stores import open_store
+from tokenizer.training.asset_store import StoredAsset
 from tokenizer.voxels import AssetSize
 
 READERS = "atoken.readers"
@@ -31,7 +33,7 @@ PACKAGED = "packaged"
 """What --data calls the test pictures that come with scientific packages (`tokenizer.evaluation.nano`)."""
 
 
-class StoredAsset(Protocol):
+class PackedAsset(Protocol):
     """An asset that was packed before: voxels instead of a mesh.
 
     features: [N, 768] floating in [0, 1]; coordinates: [N, 3] integer; rule: how they were packed; views: unseen ones
@@ -62,7 +64,7 @@ class RawSample(Protocol):
     @property
     def kind(self) -> Kind: ...
     @property
-    def content(self) -> Path | bytes | StoredAsset: ...
+    def content(self) -> Path | bytes | PackedAsset | StoredAsset: ...
     @property
     def captions(self) -> tuple[str, ...]: ...
     @property
@@ -182,6 +184,8 @@ def open_source(spec: str, captions: Mapping[str, Sequence[str]] | None = None) 
         if found is not None:
             return found
     path = Path(spec)
+    if (store := open_store(path)) is not None:
+        return store
     if path.is_dir():
         from tokenizer.cli.assets import find_inputs
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from tokenizer.assets.views import TRANSFORMS_FILE, Views
 from tokenizer.errors import InputError
-from tokenizer.evaluation.command.datasets import RawSample, StoredAsset
+from tokenizer.evaluation.command.datasets import PackedAsset, RawSample
 from tokenizer.evaluation.command.presets import Kind, Preset
 from tokenizer.media import VideoReader, load_image
+from tokenizer.training.asset_store import StoredAsset
 
 if TYPE_CHECKING:
     from tokenizer.assets.mesh import Mesh
@@ -30,7 +31,7 @@ PHASE = 1.0
 class Asset:
     """An asset to encode: seen views with depth, or voxels. wanted: views to draw, whose pictures are the frames."""
 
-    source: Views | StoredAsset
+    source: Views | PackedAsset
     wanted: Views
 
 
@@ -125,6 +126,8 @@ def _load_asset(raw: RawSample, preset: Preset) -> Asset:
     content = raw.content
     if isinstance(content, bytes):
         raise InputError(f"{raw.id}: meshes are read from files of their own, not from shards")
+    if isinstance(content, StoredAsset):
+        return Asset(content.views("seen"), _some(content.views("unseen"), preset.views))
     if not isinstance(content, Path):
         return Asset(content, _some(content.views, preset.views))
     if is_views(content):
