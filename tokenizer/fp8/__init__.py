@@ -4,14 +4,14 @@
     ... train under torch.autocast(bfloat16) as before ...
     checkpoint["fp8"] = conversion.state_dict()              # histories of the delayed recipe; empty for tensorwise
 
-Read in this order: `config` (the switch), `plan` (which layers, and why not the others), `choose` (which backend),
-`rows` (padding), `emulate` (the arithmetic, in plain torch), `backends` (torchao and Transformer Engine) and `convert`,
-which joins them. `python -m tokenizer.fp8 --model so400m-c` prints the plan. Megatron's engine has its own FP8
-(`tokenizer.megatron.fp8`), of which this package takes options, exceptions and recipes.
+Read in this order: `config` (the switch), `layers` (which ones, and why not the others), `choose` (which backend),
+`rows` (padding), `emulate` (the arithmetic, in plain torch), `backends` (torchao and Transformer Engine) and
+`conversion`, which joins them. `python -m tokenizer.fp8 --model so400m-c` prints the plan. Megatron's engine has its
+own FP8 (`tokenizer.megatron.fp8`), from which this package takes the list of layers, the options' rules and recipes.
 """
 
 from tokenizer.fp8.config import FP8Config
-from tokenizer.fp8.convert import Conversion, convert
-from tokenizer.fp8.plan import LayerPlan, plan
+from tokenizer.fp8.conversion import Conversion, convert
+from tokenizer.fp8.layers import LayerPlan, plan
 
 __all__ = ["Conversion", "FP8Config", "LayerPlan", "convert", "plan"]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tokenizer.errors import InputError
 from tokenizer.fp8.config import FP8Config
-from tokenizer.fp8.plan import LayerPlan, plan
+from tokenizer.fp8.layers import LayerPlan, plan
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import CONFIGS
 

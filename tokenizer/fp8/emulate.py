@@ -50,7 +50,7 @@ def scale_for(largest: Tensor, kind: torch.dtype, margin: int = 0) -> Tensor:
     """
     limits = torch.finfo(torch.float32)
     scale = (torch.finfo(kind).max / largest.float()).clamp_max(limits.max) * 2.0**-margin
-    return torch.where(largest == 0, torch.ones_like(scale), scale)
+    return torch.where(largest == 0, 1.0, scale)
 
 
 def quantise(x: Tensor, kind: torch.dtype, scale: Tensor) -> Quantised:
@@ -61,7 +61,7 @@ def quantise(x: Tensor, kind: torch.dtype, scale: Tensor) -> Quantised:
 
 def product(a: Quantised, b: Quantised) -> Tensor:
     """a @ b in float32."""
-    return (a.values.float() @ b.values.float()) / a.scale / b.scale
+    return (a.values.float() @ b.values.float()) * (a.scale.reciprocal() * b.scale.reciprocal())
 
 
 def transposed(a: Quantised) -> Quantised:
@@ -141,7 +141,7 @@ class EmulatedLinear(nn.Linear):
         else:
             scale = self._delayed_scale(self.amax_history[ROLES.index(role)], own, kind, remember)
         # Saturation would make a finite number of infinity: say NaN for the whole tensor instead.
-        return quantise(x, kind, torch.where(own.isfinite(), scale, torch.full_like(scale, torch.nan)))
+        return quantise(x, kind, torch.where(own.isfinite(), scale, torch.nan))
 
     def _delayed_scale(self, history: Tensor, own: Tensor, kind: torch.dtype, remember: bool) -> Tensor:
         before = history.amax() if self.config.fp8_amax_compute_algo == "max" else history[0]

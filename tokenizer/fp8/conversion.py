@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from tokenizer.fp8.backends import EngineLayer, engine_layers, torchao_layers
 from tokenizer.fp8.choose import choose_backend
 from tokenizer.fp8.config import Backend, FP8Config
 from tokenizer.fp8.emulate import EmulatedLinear
-from tokenizer.fp8.plan import LayerPlan, plan
+from tokenizer.fp8.layers import LayerPlan, plan
 from tokenizer.model.transformer import Transformer
 
 
@@ -111,14 +111,21 @@ def convert(model: nn.Module, config: FP8Config, device: torch.device) -> Conver
     layers = plan(model, config)
     backend = choose_backend(config, device)
     names = [row.name for row in layers if row.decision == "fp8"]
+    stacks = [module for module in model.modules() if isinstance(module, Transformer)]
+    swap(model, names, stacks, backend, config)
+    return Conversion(config, backend, layers, {name: model.get_submodule(name) for name in names})
+
+
+def swap(
+    model: nn.Module, names: Sequence[str], stacks: Sequence[nn.Module], backend: Backend, config: FP8Config
+) -> None:
+    """Swap the named linear layers of any module; `stacks` are the modules inside whose calls they run."""
     if backend == "torchao":
         torchao_layers(model, names, config)
     elif backend == "transformer_engine":
-        stacks = [module for module in model.modules() if isinstance(module, Transformer)]
         engine_layers(model, names, stacks, config)
     else:
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             model.set_submodule(name, EmulatedLinear(linear, config))
-    return Conversion(config, backend, layers, {name: model.get_submodule(name) for name in names})
