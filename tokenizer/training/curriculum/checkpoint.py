@@ -3,7 +3,8 @@
     out/checkpoints/step-001000/
         weights.pt     parameters, their averages and the optimizer's moments, by parameter name: any engine reads them
         loop.json      steps done, settings, counts of bad steps, the best so far, loader states of all processes
-        manifest.json  size and CRC-32 of the two
+        shards/        in place of some of the above, of engines that write in all processes (`ShardedEngine`)
+        manifest.json  sizes and CRC-32s of the others
 
 A folder is written under a hidden name and renamed, so a killed run leaves no half of one. What a disk has spoilt later
 is noticed by the checksums: the checkpoint before is taken then, and one line says so.
@@ -17,6 +18,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ CHECKPOINTS = "checkpoints"
 """Folder in that of a run."""
 
 WEIGHTS, LOOP, MANIFEST = "weights.pt", "loop.json", "manifest.json"
+
+SHARDS = "shards"
+"""Folder in that of a checkpoint."""
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -60,6 +65,10 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]) -> None:
         self.folder, self.keep_last, self._say = folder, keep_last, say
 
+    def pending(self, step: int) -> Path:
+        """Where all processes put the shards of the checkpoint of `step` steps, before `save`."""
+        return self.folder / f"step-{step:06d}.{SHARDS}"
+
     def save(self, step: int, tensors: Mapping[str, Any], loop: Mapping[str, Any], best: int | None) -> None:
         """Write the checkpoint of `step` steps, and remove those that are kept no longer.
 
@@ -67,12 +76,16 @@ class Checkpoints:
             tensors: of the engine (`Engine.state_dict`).
             loop: plain values for JSON.
             best: steps of the best one.
+
+        Shards that are pending move in.
         """
         with atomic_path(self.folder / f"step-{step:06d}") as new:
             new.mkdir()
             write_pt(dict(tensors), new / WEIGHTS)
             (new / LOOP).write_text(json.dumps(loop, allow_nan=False), encoding="utf-8")
-            files = {name: _measure(new / name) for name in (WEIGHTS, LOOP)}
+            if self.pending(step).is_dir():
+                self.pending(step).rename(new / SHARDS)
+            files = {str(path.relative_to(new)): _measure(path) for path in sorted(new.rglob("*")) if path.is_file()}
             (new / MANIFEST).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
         self._prune(best)
 
@@ -82,7 +95,8 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed run left half written."""
-        for path in [*self.folder.glob(".step-*.part"), *self.folder.glob(".step-*.part.old")]:
+        patterns = (".step-*.part", ".step-*.part.old", f"step-*.{SHARDS}", f".step-*.{SHARDS}.old")
+        for path in chain.from_iterable(self.folder.glob(pattern) for pattern in patterns):
             shutil.rmtree(path, ignore_errors=True)
 
     def _prune(self, best: int | None) -> None:
@@ -110,7 +124,7 @@ def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name in (WEIGHTS, LOOP):
+        for name in dict.fromkeys((WEIGHTS, LOOP, *files)):
             if _measure(path / name) != files[name]:
                 return f"{name} is not what was written"
     except OSError as error:

@@ -159,6 +159,7 @@ class RunConfig:
     loader, data: name and settings of the training data, see `tokenizer.training.feeding`.
     max_bad_steps: steps in a row with a loss or gradient that is not finite, after which a run stops.
     peak_tflops: of one process's device at this precision, for the utilisation; measured by default.
+    megatron: layout for `tokenizer.megatron.pretrain`, see `tokenizer.megatron.config`; other engines ignore it.
     """
 
     name: str
@@ -187,6 +188,7 @@ class RunConfig:
     loader: str = "shards"
     max_bad_steps: int = 20
     peak_tflops: float | None = None
+    megatron: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = {

@@ -1,6 +1,7 @@
 """Between the loop and what runs a step: the loop knows data, logs and checkpoints, an engine knows parameters.
 
-`torch_engine` is the plain one; Megatron-Core can be another. An engine is called by all processes in the same order.
+`torch_engine` is the plain one, `tokenizer.megatron.training` another. An engine is called by all processes in the same
+order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -76,4 +77,21 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
+        ...
+
+
+@runtime_checkable
+class ShardedEngine(Engine, Protocol):
+    """An engine whose parameters and moments are written by all processes together, beside what `state_dict` gives."""
+
+    def save_shards(self, folder: Path) -> None:
+        """Write a folder on storage that all processes share; it is there, whole, when this returns."""
+        ...
+
+    def load_shards(self, folder: Path) -> None:
+        """Go on from such a folder of any layout, after `load_state_dict`.
+
+        Raises:
+            InputError: a folder of another model.
+        """
         ...

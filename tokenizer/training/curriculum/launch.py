@@ -6,7 +6,7 @@ Started alone it is one process; started by torchrun, one of several.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -21,9 +21,11 @@ from tokenizer.text.alignment import open_tower
 from tokenizer.text.protocol import TextTower
 from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints
 from tokenizer.training.curriculum.config import RunConfig, network_config
+from tokenizer.training.curriculum.engine import Engine
 from tokenizer.training.curriculum.flops import Work, measured_peak
 from tokenizer.training.curriculum.loop import Loop
-from tokenizer.training.curriculum.objective import make_objective
+from tokenizer.training.curriculum.model import TrainedModel
+from tokenizer.training.curriculum.objective import Objective, make_objective
 from tokenizer.training.curriculum.preparation import Preparer
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.records import Records
@@ -50,14 +52,34 @@ def launch(path: Path, overrides: Sequence[str] = (), device: str = "auto") -> i
         InputError: anything wrong with settings, data or weights.
     """
     config = load_config(RunConfig, path, overrides)
-    chosen = _device(device)
+    chosen = choose_device(device)
     with _together(chosen):
         return train(config, chosen)
 
 
-def train(config: RunConfig, device: torch.device) -> int:
-    """Train as `config` says, in this process or, where `torch.distributed` is initialised, in all of its."""
-    processes = Processes(device)
+MakeEngine = Callable[[TrainedModel, Objective, RunConfig, Processes, torch.device], Engine]
+
+
+def torch_engine(
+    model: TrainedModel, objective: Objective, config: RunConfig, processes: Processes, device: torch.device
+) -> Engine:
+    """The plain engine that `config.engine` names."""
+    layout = config.engine if config.engine != "auto" else ("ddp" if processes.many else "single")
+    return TorchEngine(model, objective, config, processes, device, layout)
+
+
+def train(
+    config: RunConfig,
+    device: torch.device,
+    processes: Processes | None = None,
+    make_engine: MakeEngine = torch_engine,
+) -> int:
+    """Train as `config` says, in this process or, where `torch.distributed` is initialised, in all of its.
+
+    Args:
+        processes, make_engine: of another engine than the plain one.
+    """
+    processes = processes or Processes(device)
     folder = Path(config.out)
     tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
     teacher = _teacher(config, tower, device)
@@ -71,10 +93,10 @@ def train(config: RunConfig, device: torch.device) -> int:
         # Counted before FSDP2 replaces the parameters by shares of them.
         work = Work(model)
         patch_size = network_config(config).patch_size
-        layout = config.engine if config.engine != "auto" else ("ddp" if processes.many else "single")
-        engine = TorchEngine(model, objective, config, processes, device, layout)
+        engine = make_engine(model, objective, config, processes, device)
         records = Records(folder, f"{config.name} stage {config.stage.number}", config.steps, active=processes.first)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        peak = config.peak_tflops * 1e12 if config.peak_tflops else measured_peak(device, dtype)
         loop = Loop(
             config,
             engine,
@@ -85,7 +107,7 @@ def train(config: RunConfig, device: torch.device) -> int:
             Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep_last, records.say),
             processes,
             work=work,
-            peak=config.peak_tflops * 1e12 if config.peak_tflops else measured_peak(device, dtype),
+            peak=peak * processes.copy_size,
             gaussians=model.gaussians,
             alignment=config_to_dict(model.alignment.config) if model.alignment is not None else None,
         )
@@ -100,7 +122,7 @@ def _open_source(config: RunConfig, processes: Processes, tower: TextTower | Non
         seed=config.seed,
         rank=processes.rank,
         world=processes.world,
-        quarantine_file=Path(config.out) / QUARANTINE,
+        quarantine_file=Path(config.out) / QUARANTINE if processes.leads else None,
     )
     tasks = [str(task) for task in source.reports]
     if unknown := [task for task in tasks if task not in TASKS]:
@@ -135,7 +157,12 @@ def _teacher(config: RunConfig, tower: TextTower | None, device: torch.device) -
     return teacher
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of this process: "cpu", "cuda" or "auto"; under torchrun the GPU of its local rank.
+
+    Raises:
+        InputError: no such device, or fewer GPUs than processes.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

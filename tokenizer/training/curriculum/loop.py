@@ -20,9 +20,9 @@ from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.gaussians.decoder import GaussianDecoder
 from tokenizer.tensorio import write_pt
-from tokenizer.training.curriculum.checkpoint import Checkpoints, read_loop, read_tensors
+from tokenizer.training.curriculum.checkpoint import SHARDS, Checkpoints, read_loop, read_tensors
 from tokenizer.training.curriculum.config import RunConfig
-from tokenizer.training.curriculum.engine import Engine, Outcome
+from tokenizer.training.curriculum.engine import Engine, Outcome, ShardedEngine
 from tokenizer.training.curriculum.flops import Work
 from tokenizer.training.curriculum.interruption import Interruption, exit_status
 from tokenizer.training.curriculum.pictures import Pair, pairs_of, save_sheet
@@ -39,7 +39,7 @@ PICTURES, BAD_STEPS = "pictures", "bad-steps"
 
 MAY_CHANGE = frozenset(
     {"steps", "out", "data", "validation", "log", "checkpoint", "accumulation", "engine", "max_bad_steps"}
-    | {"peak_tflops", "start"}
+    | {"peak_tflops", "start", "megatron"}
 )
 """Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say."""
 
@@ -163,8 +163,9 @@ class Loop:
         progress.bad, progress.bad_row = progress.bad + 1, progress.bad_row + 1
         batches = [batch for turn in turns for batch in turn]
         path = self.folder / BAD_STEPS / f"step-{step:06d}-process-{self.processes.rank}.pt"
-        with atomic_path(path) as temporary:
-            write_pt([_inspectable(*pair) for pair in zip(batches, prepared, strict=True)], temporary)
+        if self.processes.leads:
+            with atomic_path(path) as temporary:
+                write_pt([_inspectable(*pair) for pair in zip(batches, prepared, strict=True)], temporary)
         self.records.say(f"step {step}: loss or gradient is not finite; skipped, its batches are in {path}")
         if progress.bad_row >= self.config.max_bad_steps:
             self._save()
@@ -241,6 +242,8 @@ class Loop:
         if self._saved == self.progress.step:
             return
         tensors = self.engine.state_dict()
+        if isinstance(self.engine, ShardedEngine):
+            self.engine.save_shards(self.checkpoints.pending(self.progress.step))
         chance = self.processes.gather(torch.get_rng_state())
         loaders = self.processes.gather(self.source.state_dict())
         if self.processes.first:
@@ -265,9 +268,12 @@ class Loop:
             path = Path(newest)
             loop = read_loop(path)
             self._check_settings(path, loop["settings"])
+            self._check_engine(path)
             self.source.load_state_dict(loop["loaders"])
             tensors = read_tensors(path)
             self.engine.load_state_dict(tensors)
+            if isinstance(self.engine, ShardedEngine):
+                self.engine.load_shards(path / SHARDS)
             if len(tensors["rng"]) == self.processes.world:
                 torch.set_rng_state(tensors["rng"][self.processes.rank].clone())
             self.progress = Progress(**loop["progress"])
@@ -282,6 +288,14 @@ class Loop:
             raise InputError(
                 f"{path} belongs to a run with other settings ({', '.join(sorted(changed))}); choose another out= "
                 "folder or remove it"
+            )
+
+    def _check_engine(self, path: Path) -> None:
+        sharded = isinstance(self.engine, ShardedEngine)
+        if (path / SHARDS).is_dir() != sharded:
+            raise InputError(
+                f"{path} was written by {'atoken train' if sharded else 'tokenizer.megatron.pretrain'}; go on with "
+                "that, or begin another run from this one with start.kind=model"
             )
 
 

@@ -39,7 +39,7 @@ from tokenizer.patches import PatchSize, tokens_to_pixels
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.config import RenderingWeights, RunConfig, network_config
 from tokenizer.training.curriculum.model import Outputs
-from tokenizer.training.curriculum.preparation import Prepared, Texts
+from tokenizer.training.curriculum.preparation import Prepared
 from tokenizer.training.curriculum.tasks import (
     ASSET_RECONSTRUCTION,
     IMAGE_RECONSTRUCTION,
@@ -123,18 +123,17 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         texts = prepared.texts
         assert texts is not None
+        kind = torch.promote_types(vectors.dtype, torch.float32)
+        every = texts.every.to(kind)
         if prepared.task == IMAGE_UNDERSTANDING:
-            values = self._distillation(texts, vectors)
+            assert texts.teacher is not None
+            fixed = self.distillation_scale.to(vectors.device)
+            values = distillation(fixed(texts.teacher.to(kind), every), fixed(vectors, every), self.choices.temperature)
         else:
             assert scale is not None
-            values = sigmoid(scale(vectors, texts.every) + scale.bias, texts.matches)
+            values = sigmoid(scale(vectors, every) + scale.bias, texts.matches)
         term = values.sum() / prepared.totals.items
         return self.weights.semantic * term, {"semantic": term}
-
-    def _distillation(self, texts: Texts, vectors: Tensor) -> Tensor:
-        assert texts.teacher is not None
-        scale = self.distillation_scale.to(vectors.device)
-        return distillation(scale(texts.teacher, texts.every), scale(vectors, texts.every), self.choices.temperature)
 
     def _reconstruction(
         self, prepared: Prepared, outputs: Outputs, gaussians: GaussianDecoder | None

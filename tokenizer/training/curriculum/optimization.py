@@ -31,7 +31,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         if factors[rate] == 0:
             parameter.requires_grad_(False)
             continue
-        groups.setdefault((rate, _decays(name, parameter)), []).append(parameter)
+        groups.setdefault((rate, decays(name, parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
@@ -57,7 +57,8 @@ def group_of(name: str) -> str:
     return "codes" if name.startswith("network.skip.") else "rest"
 
 
-def _decays(name: str, parameter: Tensor) -> bool:
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of a `TrainedModel`, or a share of one, is decayed."""
     # Scales of the QK norm are [heads, channels], the position table [256, channels]: no matrices of a layer.
     return parameter.ndim >= 2 and not name.endswith((".scale", "positions.weight")) and ".skip." not in name
 
@@ -78,6 +79,11 @@ def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether this process holds a share of a tensor alone (a `DTensor`)."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor that is shared out; any other tensor as it is."""
     to_local: Any = getattr(tensor, "to_local", None)
@@ -93,14 +99,13 @@ def gradient_norms(
     Args:
         shared: each process holds a part of every gradient; otherwise each holds all of it.
     """
-    squares: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     for name, parameter in named:
         if parameter.grad is not None:
-            squares[part_of(name)].append(local(parameter.grad))
-    sums = []
-    for part in PARTS:
-        norms = torch._foreach_norm(squares[part]) if squares[part] else []
-        sums.append(float(torch.stack([norm.double().square() for norm in norms]).sum()) if norms else 0.0)
+            norm = torch.linalg.vector_norm(local(parameter.grad)).double().square()
+            # What every process holds whole is counted by all of them.
+            found[part_of(name)].append(norm / processes.world if shared and not is_shared(parameter) else norm)
+    sums = [float(torch.stack(norms).sum()) if norms else 0.0 for norms in found.values()]
     if shared:
         sums = processes.sum(sums)
     result = {part: math.sqrt(value) for part, value in zip(PARTS, sums, strict=True)}
@@ -113,6 +118,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: float
     if norm > limit:
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, limit / norm)
+
+
+def averaging_weight(decay: float, step: int) -> float:
+    """How far an average moves towards the parameters after step number `step`, from 0; further in the first steps."""
+    return 1.0 - min(decay, (1 + step) / (10 + step))
 
 
 class Average:
@@ -131,7 +141,7 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the parameters after step number `step` (from 0)."""
-        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        weight = averaging_weight(self.decay, step)
         values = [local(value) for value in self.values.values()]
         torch._foreach_lerp_(values, [local(parameter.detach()) for parameter in self.parameters.values()], weight)
 

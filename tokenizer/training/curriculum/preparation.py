@@ -161,8 +161,8 @@ class Preparer:
                 raise InputError(f"{task} needs a text tower; set text.tower")
             own = self.tower.encode(flat).to(self.device)
             keys = text_keys(flat).to(self.device)
-            every, _ = gather_rows(own)
-            every_keys, _ = gather_rows(keys)
+            every, _ = gather_rows(own, self.processes.group)
+            every_keys, _ = gather_rows(keys, self.processes.group)
             start = 0
             for number, texts in mine.items():
                 rows = slice(start, start + len(texts))

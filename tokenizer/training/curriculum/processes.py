@@ -1,4 +1,8 @@
-"""The processes of a run, as the loop sees them: a few numbers are agreed on; alone, everything is as it is."""
+"""The processes of a run, as the loop sees them: a few numbers are agreed on; alone, everything is as it is.
+
+A copy of the model is one process here. Where several hold a copy together, an engine's own kind of `Processes` says
+which copy this one belongs to.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,17 @@ class Processes:
 
     Args:
         device: where numbers are when they travel.
+
+    Attributes:
+        rank, world: the number of this process's copy of the model, and how many copies there are.
+        copy_size: processes that hold a copy together.
+        leads: whether this one speaks for its copy.
+        group: one process of each copy, this one among them; None for all processes.
     """
+
+    copy_size = 1
+    leads = True
+    group: dist.ProcessGroup | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -10,7 +10,7 @@ Parameters stay float32. With bf16, matrix products and attention run in bfloat1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from tokenizer.training.curriculum.optimization import (
     Average,
     clip_gradients,
     gradient_norms,
+    is_shared,
     make_optimizer,
     rate_at,
     set_rates,
@@ -102,7 +103,10 @@ class TorchEngine:
             for name, term in terms.items():
                 sums[name] += term
         if self.layout == "ddp":
-            self._add_up_gradients()
+            self._add_up_gradients(self.trained.values())
+        elif self.layout == "fsdp2":
+            apart = [parameter for parameter in self.trained.values() if not is_shared(parameter)]
+            self._add_up_gradients(apart, factor=1.0 / self.processes.world)
         found = torch.stack([sums[name] for name in names]).tolist()
         return dict(zip(names, self.processes.sum(found), strict=True))
 
@@ -119,12 +123,13 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(done, norms, rates)
 
-    def _add_up_gradients(self) -> None:
+    def _add_up_gradients(self, parameters: Iterable[nn.Parameter], factor: float = 1.0) -> None:
         """Sum gradients over processes. All of them have gradients of the same parameters: their tasks are the same."""
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for piece in _pieces(gradients):
             flat = torch.cat([gradient.flatten() for gradient in piece])
             dist.all_reduce(flat)
+            flat *= factor
             parts = flat.split([gradient.numel() for gradient in piece])
             torch._foreach_copy_(piece, [part.view_as(g) for part, g in zip(parts, piece, strict=True)])
 
@@ -207,7 +212,8 @@ def _share_out(model: TrainedModel, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.stacks():
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # Scalars, the scale of the scores, cannot be shared out.
+    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})
 
 
 def _plain_copy(model: TrainedModel) -> TrainedModel:

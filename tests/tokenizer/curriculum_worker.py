@@ -1,0 +1,113 @@
+"""Processes of the curriculum's tests: python curriculum_worker.py kills|layouts FOLDER, in a folder with smoke data.
+
+Torch is imported once; every run is a fork of this process, which a test can kill without waiting for imports.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.config import open_training_loader
+from tests.tokenizer.curriculum_data import StubTower, pictures_alone, smoke
+from tokenizer.training.curriculum.launch import train
+from tokenizer.training.curriculum.objective import make_objective
+from tokenizer.training.curriculum.preparation import Preparer
+from tokenizer.training.curriculum.processes import Processes
+from tokenizer.training.curriculum.start import starting_model
+from tokenizer.training.curriculum.torch_engine import Layout, TorchEngine
+
+CPU = torch.device("cpu")
+KILLS = 8
+STEPS = 9
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Do something in a child; its exit status is what the work gives."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        status = work()
+        os._exit(status if isinstance(status, int) else 0)
+    except BaseException as error:
+        print(f"child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(99)
+
+
+def status_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kills(folder: Path) -> None:
+    """One run in peace, and one that is killed at random moments; both end in `folder`."""
+    settings = ("steps=12", "checkpoint.every=2", "validation.every=4", "log.pictures_every=100")
+    assert status_of(fork(lambda: train(pictures_alone(*settings, f"out={folder}/peace"), CPU))) == 0
+    chance = random.Random(5)
+    for _ in range(KILLS):
+        child = fork(lambda: train(pictures_alone(*settings, f"out={folder}/killed"), CPU))
+        _wait_for_lines(folder / "killed" / "metrics.jsonl", chance.randint(1, 5))
+        time.sleep(chance.uniform(0.0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        if status_of(child) == 0:
+            break
+    assert status_of(fork(lambda: train(pictures_alone(*settings, f"out={folder}/killed"), CPU))) == 0
+
+
+def _wait_for_lines(path: Path, more: int) -> None:
+    """Until a run has written so many lines, which it does quickly once it steps; a minute at most."""
+    given_up, written = time.monotonic() + 60, 0
+    size = path.stat().st_size if path.exists() else 0
+    while written < more and time.monotonic() < given_up:
+        now = path.stat().st_size if path.exists() else 0
+        written, size = written + (now > size), now
+        time.sleep(0.001)
+
+
+def steps(layout: Layout, rank: int, world: int, folder: Path) -> None:
+    """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt."""
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{layout}", rank=rank, world_size=world)
+    config = smoke(3, f"accumulation={2 // world}", "start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4")
+    processes = Processes(CPU)
+    tower = StubTower()
+    model = starting_model(config, tower, lambda: []).double()
+    engine = TorchEngine(model, make_objective(config, CPU), config, processes, CPU, layout)
+    preparer = Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, None)
+    ranks = [rank] if world > 1 else [0, 1]
+    loaders = [open_training_loader(config.data, seed=0, rank=r, world=2, quarantine_file=None) for r in ranks]
+    losses = []
+    for step in range(STEPS):
+        found = engine.forward_backward(preparer([next(loader) for loader in loaders], step))
+        assert engine.clip_and_step(step, found["loss"]).done
+        losses.append(found)
+    state = engine.state_dict()
+    torch.save({"losses": losses, **state}, folder / f"{layout}-{rank}.pt")
+    # A checkpoint is whole: another layout could go on with it, and so can this one.
+    engine.load_state_dict(torch.load(folder / "single-0.pt"))
+    again = engine.state_dict()
+    if rank == 0:
+        torch.save(again, folder / f"{layout}-loaded.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def layouts(folder: Path) -> None:
+    """The same steps in one process that takes batches twice, and in two that share gradients, or weights too."""
+    assert status_of(fork(lambda: steps("single", 0, 1, folder))) == 0
+    for layout in ("ddp", "fsdp2"):
+        children = [fork(lambda r=rank, k=layout: steps(k, r, 2, folder)) for rank in range(2)]  # type: ignore[misc]
+        assert [status_of(child) for child in children] == [0, 0]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"kills": kills, "layouts": layouts}[sys.argv[1]](Path(sys.argv[2]))

