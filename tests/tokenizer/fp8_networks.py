@@ -28,7 +28,7 @@ def tiny_network(config: ATokenConfig | None = None) -> ATokenNetwork:
 
 def step(network: ATokenNetwork, seed: int) -> float:
     """A training step with plain gradient descent; the loss before it."""
-    tokens = visuals((12, 20), (16, 8), seed=seed, dtype=torch.float32)
+    tokens = visuals((12, 20), (16, 8), seed=seed, dtype=torch.float32).to(network.device)
     decoded = network.decode(network.encode(tokens).latents)
     loss = F.mse_loss(decoded.features, tokens.features)
     loss.backward()
