@@ -35,6 +35,7 @@ HEAVY = (
         "av",
         "decord",
         "deepspeed",
+        "diffusers",
         "embreex",
         "flash_attn",
         "gsplat",
