@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ import torch
 
 from tests.tokenizer.curriculum_data import ROOT, StubTower, lines, make_sets, pictures_alone, smoke
 from tokenizer.api import AToken
+from tokenizer.cli import main
 from tokenizer.errors import InputError
 from tokenizer.text.alignment import load_text_alignment
-from tokenizer.training.curriculum import launch
+from tokenizer.training.curriculum import launch, records
 from tokenizer.training.curriculum.checkpoint import newest_good
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.launch import train
@@ -33,7 +35,7 @@ CPU = torch.device("cpu")
 def _quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the seconds that real text towers and TensorBoard take to import."""
     monkeypatch.setattr(launch, "open_tower", lambda *_: StubTower())
-    monkeypatch.setattr("tokenizer.training.curriculum.records.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(records, "has_tensorboard", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_four_stages_follow_each_other(here: Path) -> None:
     for stage in (1, 2, 3, 4):
         assert train(smoke(stage), CPU) == 0
     measured = [lines(here / "runs" / f"smoke-stage{stage}" / "metrics.jsonl") for stage in (1, 2, 3, 4)]
-    for before, after in zip(measured[:2], measured[1:3], strict=True):
+    for before, after in itertools.pairwise(measured[:3]):
         # Growing latents and adding modalities change nothing of what was learned.
         assert after[0]["step"] == 0
         for metric in ("pictures/psnr", "labels/accuracy"):
@@ -112,7 +114,8 @@ def test_processes_that_share_gradients_or_weights_train_as_one(sets: Path, tmp_
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(here: Path, tmp_path: Path, number: int, status: int) -> None:
+@pytest.mark.usefixtures("here")
+def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path, number: int, status: int) -> None:
     settings = ("steps=40", "checkpoint.every=100", "validation.every=100", "log.pictures_every=100")
     config = pictures_alone(*settings, f"out={tmp_path}/run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -136,7 +139,8 @@ def test_a_signal_saves_and_the_run_goes_on(here: Path, tmp_path: Path, number: 
         assert [line["step"] for line in lines(metrics) if "loss" in line] == list(range(1, 41))
 
 
-def test_a_damaged_checkpoint_is_passed_over(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("here")
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("checkpoint.every=2", "checkpoint.keep_last=2", "validation.every=2", "log.pictures_every=100")
     assert train(pictures_alone("steps=6", *settings, f"out={tmp_path}/run"), CPU) == 0
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -152,7 +156,8 @@ def test_a_damaged_checkpoint_is_passed_over(here: Path, tmp_path: Path, capsys:
         train(pictures_alone("steps=6", *settings, "seed=1", f"out={tmp_path}/run"), CPU)
 
 
-def test_the_best_checkpoint_stays(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("here")
+def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([1.0, 5.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(
         "tokenizer.training.curriculum.validation.Validation.__call__", lambda _: {"validation/x/psnr": next(scores)}
@@ -165,9 +170,8 @@ def test_the_best_checkpoint_stays(here: Path, tmp_path: Path, monkeypatch: pyte
     assert loop["progress"]["best"] == {"score": 5.0, "step": 2}
 
 
-def test_bad_steps_are_skipped_counted_kept_and_end_the_run(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("here")
+def test_bad_steps_are_skipped_counted_kept_and_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = TorchEngine.forward_backward
     bad = {2, 4, 5}
     calls = iter(range(100))
@@ -198,7 +202,8 @@ def refused(config: Callable[[], RunConfig]) -> str:
     return str(error.value)
 
 
-def test_bad_input_is_one_line_before_the_first_step(here: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_bad_input_is_one_line_before_the_first_step(tmp_path: Path) -> None:
     out = f"out={tmp_path}/run"
     assert "did you mean 'optimizer.warmup'" in refused(lambda: smoke(1, out, "optimizer.warmpu=3"))
     assert "unknown model 'so4000m'" in refused(lambda: smoke(1, out, "model=so4000m"))
@@ -218,11 +223,9 @@ def test_bad_input_is_one_line_before_the_first_step(here: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_command_says_what_is_wrong_in_one_line(here: Path) -> None:
+def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "tokenizer" / "stages" / "smoke-stage1.yaml")
-    command = [sys.executable, "-m", "tokenizer.cli", "train", "--config", config, "stepps=4"]
-    done = subprocess.run(
-        command, cwd=here, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 1
-    assert done.stderr == f"error: {config}: unknown key 'stepps'; did you mean 'steps'?\n"
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--config", config, "stepps=4"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == f"error: {config}: unknown key 'stepps'; did you mean 'steps'?\n"

@@ -121,7 +121,7 @@ class Preparer:
         world, rank = self.processes.world, self.processes.rank
         return [
             Prepared(
-                task=batch.task,
+                task=str(batch.task),
                 tokens=(tokens := batch.tokens(self.device, torch.float32, self.patch_size)),
                 ids=tuple(item.id for item in batch.items),
                 share=sum(other.task == batch.task for other in batches) / len(turns),

@@ -51,7 +51,7 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SPEED):
             forget_log_after(self.folder / name, step)
-        if importlib.util.find_spec("tensorboard") is not None:
+        if has_tensorboard():
             from torch.utils.tensorboard import SummaryWriter
 
             writer: Any = SummaryWriter
@@ -97,3 +97,8 @@ class Records:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def has_tensorboard() -> bool:
+    """Whether curves can be written for it too."""
+    return importlib.util.find_spec("tensorboard") is not None

@@ -122,9 +122,7 @@ def _adapted(network: ATokenNetwork, sizes: ATokenConfig, source: str, generator
     # FSQ and linear codes together have limits of their own, so latents are compared apart.
     plain = {"name": "", "latent_channels": 1, "quantizer": None}
     if replace(theirs, **plain) != replace(sizes, **plain):  # type: ignore[arg-type]
-        raise InputError(
-            f"{source}: holds {theirs.name}, whose sizes are not those of this run; set model to them"
-        )
+        raise InputError(f"{source}: holds {theirs.name}, whose sizes are not those of this run; set model to them")
     if sizes.latent_channels != theirs.latent_channels:
         network = grown(network, sizes.latent_channels, generator)
     if sizes.quantizer is not None:
