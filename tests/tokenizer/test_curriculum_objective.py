@@ -156,7 +156,7 @@ def test_averages_follow_and_swapping_twice_is_nothing() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     average = Average({"p": parameter}, decay=0.5)
     with torch.no_grad():
-        parameter += 4.0
+        parameter.add_(4.0)
     average.update(step=0)  # the memory of the first step is 1/10
     torch.testing.assert_close(average.values["p"], torch.tensor([1.0, -2.0]) + 0.9 * 4.0)
     average.update(step=1000)
