@@ -81,14 +81,15 @@ def train(
     """
     processes = processes or Processes(device)
     folder = Path(config.out)
-    tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
-    teacher = _teacher(config, tower, device)
-    objective = make_objective(config, device)
-    source = _open_source(config, processes, tower)
+    # Data first: that they are missing is the likeliest mistake, and found long before text towers are read.
+    source = _open_source(config, processes)
     try:
         held_out = find_held_out(config.loader)(
             config.validation.sources, budget=config.validation.budget, limit=config.validation.limit
         )
+        tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
+        teacher = _teacher(config, tower, device)
+        objective = make_objective(config, device)
         model = starting_model(config, tower, lambda: _more_batches(config))
         # Counted before FSDP2 replaces the parameters by shares of them.
         work = Work(model)
@@ -116,7 +117,7 @@ def train(
         source.close()
 
 
-def _open_source(config: RunConfig, processes: Processes, tower: TextTower | None) -> StepSource:
+def _open_source(config: RunConfig, processes: Processes) -> StepSource:
     source = find_opener(config.loader)(
         config.data,
         seed=config.seed,
@@ -128,7 +129,7 @@ def _open_source(config: RunConfig, processes: Processes, tower: TextTower | Non
     if unknown := [task for task in tasks if task not in TASKS]:
         raise InputError(f"data: unknown tasks {', '.join(unknown)}; known: {', '.join(TASKS)}")
     aligned = [task for task in tasks if is_understanding(task)]
-    if aligned and tower is None:
+    if aligned and config.text.tower == "none":
         raise InputError(
             f"{', '.join(aligned)} needs a text tower; set text.tower to siglip2 or minilm, or leave it out of data"
         )
