@@ -45,7 +45,7 @@ HEAVY = (
         "skimage",
         "sklearn",
     ),
-    *("torchmetrics", "transformer_engine", "transformers", "trimesh", "vllm", "webdataset"),
+    *("torchao", "torchmetrics", "transformer_engine", "transformers", "trimesh", "vllm", "webdataset"),
 )
 
 

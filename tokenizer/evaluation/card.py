@@ -34,6 +34,9 @@ END: Final = "<!-- end of figures -->"
 
 _TITLES: Final = {"image": "Photographs", "video": "Film", "asset": "3D assets"}
 _COSTS: Final = ("encode_seconds", "decode_seconds", "memory_mb")
+MAX_LISTED: Final = 24
+"""Samples of a kind whose own figures the card lists."""
+
 _ROW: Final = re.compile(r"^\| `(?P<sample>[^`]+)` \| (?P<system>[^|]+) \|(?P<values>.*)\|$")
 
 
@@ -93,16 +96,22 @@ def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
         columns = [column for column in columns_of(rows) if column not in _COSTS]
         lines += ["", f"### {_TITLES[kind]}", "", *table(rows, columns)]
         shown = [column for column in ("psnr", "ssim", "lpips_vgg16", "lpips_alexnet") if column in columns]
-        lines += ["", "| sample | system |" + "".join(f" {COLUMNS[column].title} |" for column in shown)]
-        lines += ["|---|---|" + "---:|" * len(shown)]
-        for sample in samples:
-            if sample.get("kind") != kind:
-                continue
-            for system, figures in sample["systems"].items():
-                cells = [f" {figures[column]:.{COLUMNS[column].digits}f} |" for column in shown]
-                lines.append(f"| `{sample['id']}` | {system} |{''.join(cells)}")
+        lines += _sample_table([sample for sample in samples if sample.get("kind") == kind], shown)
     lines += ["", *(f"- {note}" for note in results["notes"]), "", "```sh", results["command"], "```", ""]
     return "\n".join(lines)
+
+
+def _sample_table(samples: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """One row for each sample and system; nothing for a set too large to be read row by row."""
+    if len(samples) > MAX_LISTED:
+        return []
+    lines = ["", "| sample | system |" + "".join(f" {COLUMNS[column].title} |" for column in columns)]
+    lines += ["|---|---|" + "---:|" * len(columns)]
+    for sample in samples:
+        for system, figures in sample["systems"].items():
+            cells = [f" {figures[column]:.{COLUMNS[column].digits}f} |" for column in columns]
+            lines.append(f"| `{sample['id']}` | {system} |{''.join(cells)}")
+    return lines
 
 
 def read_card(name: str, data: str) -> dict[str, dict[str, list[float]]]:
