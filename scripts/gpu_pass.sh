@@ -30,6 +30,10 @@ run parity python3 -m tokenizer.parity tests/golden --device cuda
 run parity-bf16 python3 -m tokenizer.parity tests/golden --device cuda --dtype bfloat16
 run speed python3 -m benchmarks.tokenizer --device cuda --out "$results/tokenizer-$device.json"
 run assets python3 -m benchmarks.assets --device cuda --out "$results/assets-$device.json"
+run fp8 python3 -m benchmarks.fp8 --device cuda --out "$results/fp8-$device.json"
+run fp8-compiled python3 -m benchmarks.fp8 --device cuda --compile --backend torchao \
+    --out "$results/fp8-compiled-$device.json"
+run evaluation python3 -m benchmarks.evaluation --device cuda --out "$results/evaluation-$device.json"
 if [ -n "$store" ]; then
     run train python3 -m tokenizer.training --config configs/tokenizer/nano.yaml --device cuda \
         data="$store" out="$results/nano" steps="$steps" batch.images=128 batch.clips=24
