@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    _queue_in_this_process()
     dist_checkpointing.save(_sharded(_bare(model), optimizer, loading=False), str(temporary))
     dist.barrier()
     if first:
@@ -89,6 +91,17 @@ def load_checkpoint(folder: str | os.PathLike[str], model: Any, optimizer: Any =
             optimizer.load_state_dict(loaded["optimizer"])
     state: dict[str, Any] = kept["state"]
     return state
+
+
+def _queue_in_this_process() -> None:
+    """Let what writes files report through a plain queue: it is read and filled here when nothing is in the background.
+
+    Megatron would start a process to hold the queue, which takes seconds and outlives a run that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", None) is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _check_network(saved: dict[str, Any], config: ATokenConfig, source: Path) -> None:

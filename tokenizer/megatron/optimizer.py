@@ -123,12 +123,11 @@ def pieces_of(optimizer: Any, named: Mapping[str, nn.Parameter]) -> list[Piece]:
     return found
 
 
-def set_rates(optimizer: Any, rate: float, settings: OptimizerSettings) -> dict[str, float]:
-    """Set rate and decay of all groups of parameters, and return the rates by the names that logs give them."""
+def set_rates(optimizer: Any, rate: float, settings: OptimizerSettings) -> None:
+    """Set rate and decay of all groups of parameters."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_mult"]
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
-    return {name: rate * factor for name, factor in rate_factors(settings).items()}
 
 
 @torch.no_grad()

@@ -31,10 +31,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from tokenizer.config import read_mapping
 from tokenizer.errors import InputError
 from tokenizer.gaussians.decoder import GaussianDecoder
 from tokenizer.megatron.build import build_model, data_parallel
-from tokenizer.megatron.checkpoint import load_checkpoint, save_checkpoint
+from tokenizer.megatron.checkpoint import STATE_FILE, load_checkpoint, save_checkpoint
 from tokenizer.megatron.config import ParallelConfig
 from tokenizer.megatron.exchange import native_state, own_tensors, to_megatron
 from tokenizer.megatron.optimizer import (
@@ -61,6 +62,8 @@ from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.tasks import is_understanding
 
 Losses = dict[str, Tensor]
+
+_DISTRIBUTED = "use_distributed_optimizer"
 
 
 class MegatronEngine:
@@ -94,8 +97,10 @@ class MegatronEngine:
         network = build_model(model.network.config, parallel, model.network.state_dict(), device=device)
         alignment, gaussians = self._native if network.post_process else (None, None)
         self.model = MegatronTrained(network, alignment, gaussians).to(device=device)
+        groups = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.factors = {g: f for g, f in rate_factors(config.optimizer).items() if f and g in groups}
         for name, parameter in self.model.named_parameters():
-            if rate_factors(config.optimizer)[group_of(trained_name(name))] == 0:
+            if group_of(trained_name(name)) not in self.factors:
                 parameter.requires_grad_(False)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._used: set[str] = set()
@@ -131,7 +136,8 @@ class MegatronEngine:
 
     def clip_and_step(self, step: int, loss: float) -> Outcome:
         settings = self.config.optimizer
-        rates = set_rates(self.optimizer, rate_at(step, self.config.steps, settings), settings)
+        rate = rate_at(step, self.config.steps, settings)
+        set_rates(self.optimizer, rate, settings)
         self.optimizer.prepare_grads()
         for piece in self.pieces:
             if piece.name not in self._used:
@@ -147,7 +153,7 @@ class MegatronEngine:
                 self.counts[name] += 1
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return Outcome(done, norms, rates)
+        return Outcome(done, norms, {group: rate * factor for group, factor in self.factors.items()})
 
     def _one_by_one(self, part: Prepared) -> Losses:
         loss, losses = self._losses(part, self.wrapped(part.tokens, part.task, self._generator(part.seed)))
@@ -242,9 +248,16 @@ class MegatronEngine:
         for stage in self._of_all_stages(self.counts):
             counts.update(stage)
         with one_count(self.optimizer):
-            save_checkpoint(folder, self.wrapped, self.optimizer, {"counts": counts})
+            state = {"counts": counts, _DISTRIBUTED: self.parallel.use_distributed_optimizer}
+            save_checkpoint(folder, self.wrapped, self.optimizer, state)
 
     def load_shards(self, folder: Path) -> None:
+        # Megatron keeps the moments of its two optimizers in two forms.
+        distributed = read_mapping(folder / STATE_FILE)["state"][_DISTRIBUTED]
+        if distributed != self.parallel.use_distributed_optimizer:
+            raise InputError(
+                f"{folder}: holds another optimizer; set megatron.{_DISTRIBUTED}={str(distributed).lower()}"
+            )
         counts = load_checkpoint(folder, self.wrapped, self.optimizer)["counts"]
         self.counts = {name: int(counts.get(name, 0)) for name in self.counts}
         set_counts(self.optimizer, self.pieces, self.counts)
