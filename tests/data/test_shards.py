@@ -265,7 +265,7 @@ def test_stopped_and_killed_runs_go_on_to_the_same_bytes(tmp_path: Path) -> None
         wait_for(lambda: len(list(out.glob(".shard-*.part.tar"))) == 2)  # both workers are there
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate()
-    assert said.count(b"Traceback") == 1, said.decode()  # of the first process; the command line turns it into a word
+    assert b"KeyboardInterrupt" in said, said.decode()  # of the first process; the command line turns it into a word
     assert [path.name for path in out.iterdir() if path.name.startswith(".") or path.name == MANIFEST] == []
     with started(out, workers=1) as process:
         wait_for((out / "shard-000002.json").exists)
