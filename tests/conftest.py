@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,10 @@ TINY_GAUSSIANS = GaussianDecoderConfig(
 
 # More threads than this only get in each other's way on tensors as small as the tests'.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell makes what it starts in the background ignore SIGINT, and so would every process of the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
