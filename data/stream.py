@@ -178,16 +178,17 @@ class Stream:
             old = Stream(self.name, self._counts, self.reading, seed=self._seed, rank=rank, world=len(states))
             old.load_state_dict(state)
             olds.append(old)
-        # Also epochs that no process has reached, but some had begun before an earlier change of their number.
+        # Also epochs that are over but for waiting samples, and those that no process has reached, but some had begun
+        # before an earlier change of their number: an epoch that is not named here would be dealt whole.
+        begun = [*(old._behind.epoch for old in olds), *(position.epoch for held in waiting for position in held)]
         last = max(max(old._behind.epoch, *old._left, 0) for old in olds)
-        epochs = range(min(old._behind.epoch for old in olds), last + 1)
+        epochs = range(min(begun), last + 1)
         self._left = {epoch: [] for epoch in epochs}
         for old, held in zip(olds, waiting, strict=True):
             for epoch in epochs:
                 self._left[epoch] += old._remaining(epoch)
-            for position in held:  # an epoch may be over but for samples that wait to fill a batch
-                span = Span(position.shard, position.place, position.place + 1)
-                self._left.setdefault(position.epoch, []).append(span)
+            for position in held:
+                self._left[position.epoch].append(Span(position.shard, position.place, position.place + 1))
         self._left = {epoch: joined(spans) for epoch, spans in sorted(self._left.items())}
         self._dealt.clear()
         self._behind = self._ahead = self._settled(self._start(min(self._left)))

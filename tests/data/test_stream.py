@@ -14,7 +14,7 @@ from data.order import Span, deal, joined, shuffled, subtract
 from data.stream import Position, Reading, Stream
 from tokenizer.errors import InputError
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=150, deadline=None)
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(sum)
 READINGS = st.builds(
     Reading,
@@ -98,6 +98,14 @@ def test_other_numbers_of_processes_lose_and_repeat_nothing(
             waiting.append(sorted(held))
         states = [process.state_dict() for process in processes]
     epochs(used, counts)
+
+
+def test_an_epoch_that_is_over_but_for_a_waiting_sample_opens_no_other_again() -> None:
+    reading = Reading(lanes=1, window=1, chunk=1, shuffle=False, epochs=3)
+    before, after = stream([1], reading), stream([1], reading)
+    taken = read(before, 2)
+    after.deal_anew([before.state_dict()], [[taken[0]]])
+    assert read(after) == [taken[0], Position(2, 0, 0)]
 
 
 def test_lanes_alternate_and_chunks_stay_in_their_window() -> None:
