@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data.mixture import ASSET_STAGE, IMAGE_STAGE, VIDEO_STAGE, Mixture, RoundRobin, Source, Task
 from tokenizer.errors import InputError
+from tokenizer.training.curriculum.tasks import TASKS
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 WEIGHT = st.one_of(st.integers(1, 60), st.fractions(Fraction(1, 9), 9, max_denominator=9))
@@ -73,6 +74,11 @@ def test_a_long_run_stays_exact() -> None:
     start = {name: weight * 10**6 for name, weight in schedule.weights.items()}
     schedule.load_state_dict({"weights": schedule.weights, "counts": start})
     assert [schedule.draw() for _ in range(3)] == ["a"] * 3
+
+
+def test_tasks_have_the_names_that_training_knows() -> None:
+    """The trainer may not know this room, so it names the tasks itself."""
+    assert tuple(Task) == TASKS
 
 
 def drawn_sources(mixture: Mixture) -> list[Source]:
