@@ -153,6 +153,9 @@ def build(
     source: Annotated[Path | None, typer.Option("--from", help="Where the files lie, if not in a package.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only this many samples of each split.", min=1)] = None,
+    max_side: Annotated[
+        int | None, typer.Option(help="Reduce larger pictures to this side (photographs only).", min=64)
+    ] = None,
     workers: Processes = None,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +170,9 @@ def build(
     """
     from data.sources import catalogue
 
-    made = catalogue.build(name, out, seed=seed, workers=_cores(workers), limit=limit, source_path=source)
+    made = catalogue.build(
+        name, out, seed=seed, workers=_cores(workers), limit=limit, source_path=source, max_side=max_side
+    )
     if as_json:
         print(json.dumps({split: _facts_of(part, out / split) for split, part in made.items()}, indent=2))
         return

@@ -63,6 +63,8 @@ class DecodeSettings:
     random_crop: in training, draw where to cut instead of the centre.
     frames, strides: of clips that are reconstructed, see `data.decode.temporal`.
     fps, max_frames: of clips that are understood.
+    max_voxels: of an asset that is understood, how many are kept in training, drawn anew in each epoch; a category is
+        seen in a part of them too, and a small model learns from more assets in the same time. None: all.
     views: of an asset that is reconstructed, how many a loss compares with; all where it has fewer.
     require_caption: leave out samples without one. None: for understanding.
     patch_size: frames, rows and columns of a token.
@@ -81,6 +83,7 @@ class DecodeSettings:
     strides: tuple[Range, ...] = temporal.STRIDES
     fps: float = temporal.FPS
     max_frames: int = temporal.MAX_FRAMES
+    max_voxels: int | None = None
     views: int = 4
     require_caption: bool | None = None
     patch_size: PatchSize = PATCH_SIZE
@@ -99,6 +102,8 @@ class DecodeSettings:
             raise InputError(f"strides must be ranges of whole numbers from 1, got {self.strides}")
         if not self.fps > 0 or self.views < 0:
             raise InputError(f"fps must be above 0 and views at least 0, got {self.fps} and {self.views}")
+        if self.max_voxels is not None and self.max_voxels < 1:
+            raise InputError(f"max_voxels must be at least 1, or left out, got {self.max_voxels}")
         _sampler(self, "whole")  # which checks sides, max_upscale and patch size
 
 
@@ -212,16 +217,29 @@ class Decoder:
                 f"{raw.id}: patches of {stored.features.shape[1]} numbers; {rows} x {columns} pixels have "
                 f"{rows * columns * 3}",
             )
+        features, coordinates = stored.features, stored.coordinates
+        if self._understanding:
+            kept = self._kept_voxels(len(features), epoch, raw.id)
+            features, coordinates = features[kept], coordinates[kept]
         views: Seen | None = None
         if not self._understanding and self.settings.views:
             views = decode_views(raw.files, stored, self._chosen_views(stored.seen.tolist(), epoch, raw.id), raw.id)
         return Item(
-            tokens=len(stored.features),
-            features=stored.features,
-            coordinates=stored.coordinates,
+            tokens=len(features),
+            features=features,
+            coordinates=coordinates,
             views=views,
             **common,
         )
+
+    def _kept_voxels(self, count: int, epoch: int, name: str) -> torch.Tensor | slice:
+        """Which voxels to keep, in their order."""
+        limit = self.settings.max_voxels
+        if not self.settings.training or limit is None or count <= limit:
+            return slice(None)
+        (u,) = draws("voxels", self.seed, epoch, name, 1)
+        generator = torch.Generator().manual_seed(int(u * 2**53))
+        return torch.randperm(count, generator=generator)[:limit].sort().values
 
     def _chosen_views(self, seen: Sequence[bool], epoch: int, name: str) -> list[int]:
         """Different views, seen or not: by lot in training, else the unseen ones first."""

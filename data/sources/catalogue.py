@@ -18,6 +18,7 @@ from rich.console import Console
 
 from data.shards.manifest import ShardSet
 from data.shards.writer import write_set
+from data.sources.camera_set import SET as CAMERA
 from data.sources.clips import SET as CLIPS
 from data.sources.emoji import SET as EMOJI
 from data.sources.fashion import SET as FASHION
@@ -30,7 +31,9 @@ from data.sources.stamps import SET as STAMPS
 from tokenizer.errors import InputError
 from tokenizer.voxels import MAX_RESOLUTION
 
-SETS: dict[str, OpenSet] = {one.name: one for one in (EMOJI, FURNITURE, GAMES, PHOTOGRAPHS, CLIPS, FASHION, STAMPS)}
+SETS: dict[str, OpenSet] = {
+    one.name: one for one in (EMOJI, FURNITURE, GAMES, PHOTOGRAPHS, CLIPS, CAMERA, FASHION, STAMPS)
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,9 @@ KL: summed over channels, averaged over tokens (FORMAT 7)
     in stage 1, where there are 32.
 KL of a discrete model: none
     Nothing is sampled there, the log-variances have no effect, and FSQ bounds the means by itself.
+PSNR: none, in the published objective
+    Small models add the PSNR itself with a small weight: it counts every item by its relative error, so that rough
+    pictures do not drown smooth ones, and its gradient does not fade where L1 is small already.
 Rendered Gaussians: L1 + squared error + 0.5 L1 of the coverage
     The paper names L1 alone. The squared error is what PSNR measures, and without the coverage a black object could
     stay transparent before the black ground.
@@ -60,7 +63,7 @@ class LossWeights:
     """The published weights (PAPER 2), fixed over all stages; zero leaves a term out.
 
     reconstruction, semantic, kl: the three parts of the objective.
-    l1, lpips, gram, clip: the terms within the reconstruction.
+    l1, psnr, lpips, gram, clip: the terms within the reconstruction; psnr weighs minus the decibels.
 
     Raises:
         InputError: a weight that is negative or not finite.
@@ -70,6 +73,7 @@ class LossWeights:
     semantic: float = 1.0
     kl: float = 1e-8
     l1: float = 1.0
+    psnr: float = 0.0
     lpips: float = 10.0
     gram: float = 1e3
     clip: float = 1.0

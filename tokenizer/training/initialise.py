@@ -47,7 +47,7 @@ def start_from_linear_codes(
     figures = {}
     for name, codes, patches in (("stills", skip.stills, stills), ("clips", skip.clips, clips)):
         fitted = fit_codes(patches, len(codes.mean), codes.encoder.shape[1], iterations, generator)
-        _set_codes(codes, fitted)
+        set_codes(codes, fitted)
         figures[name] = 10 * math.log10(4 / fitted.error)
     skip.logvar.fill_(INITIAL_LOGVAR)
 
@@ -65,7 +65,8 @@ def start_from_linear_codes(
     return figures
 
 
-def _set_codes(codes: LinearCodes, fitted: FittedCodes) -> None:
+def set_codes(codes: LinearCodes, fitted: FittedCodes) -> None:
+    """Take codes as fitted; coefficients of unit variance come out."""
     codes.mean.copy_(fitted.means)
     codes.encoder.copy_(fitted.bases / fitted.spreads[..., None])
     codes.decoder.copy_(fitted.bases * fitted.spreads[..., None])

@@ -34,11 +34,15 @@ class StartConfig:
     kind: "scratch" draws them; "siglip2" takes the encoder from a SigLIP 2 vision checkpoint and draws the rest;
         "model" takes an earlier run's averaged weights; "codes" fits the linear codes of a small model to the data.
     source: folder: of the SigLIP 2 checkpoint; of the run, or of a model, or the name of a bundled one.
-    patches, iterations: of "codes", how many of each sort, and rounds of fitting.
+    gaussians: folder of a run or model whose decoder of 3D Gaussians is taken instead; see
+        `tokenizer.training.gaussian_trainer`, which trains one apart from a fit to what is seen.
+    patches, iterations: of "codes", and where linear codes grow with the latents: how many of each sort, and rounds of
+        fitting.
     """
 
     kind: Literal["scratch", "siglip2", "model", "codes"] = "scratch"
     source: str | None = None
+    gaussians: str | None = None
     patches: int = 48_000
     iterations: int = 12
 
@@ -83,8 +87,14 @@ class RenderingWeights:
 class OptimizerSettings:
     """AdamW with a linear warm-up and a cosine from `lr` to `min_lr` (PAPER 4).
 
+    schedule: "plateau" stays at `lr` and falls in the last part of a run, as 1 - sqrt(progress) does; a run can then
+        be made longer without having known it from the start.
+    decay_fraction: of a run, how much of it a plateau falls in.
     encoder_lr_factor: of the rate of the encoder's transformer and pool.
     codes_lr_factor: of the rate of the linear codes of small models; 0 keeps them as they are.
+    muon_lr: peak rate of Muon, which then trains the matrices inside the transformers' blocks (short runs of small
+        models gain by it); by default AdamW trains all.
+    plain_lr: peak rate of what is not decayed (biases, norms, scales, position tables); by default `lr`.
     max_grad_norm: longer gradients are scaled down to it.
     ema: how much of the averaged weights stays in each step, less in the first few.
     """
@@ -92,10 +102,14 @@ class OptimizerSettings:
     lr: float = 3e-4
     min_lr: float = 3e-5
     warmup: int = 2000
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    decay_fraction: float = 0.5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     encoder_lr_factor: float = 0.1
     codes_lr_factor: float = 0.1
+    muon_lr: float | None = None
+    plain_lr: float | None = None
     max_grad_norm: float = 1.0
     ema: float = 0.9999
 
@@ -104,6 +118,10 @@ class OptimizerSettings:
             raise InputError(f"optimizer needs 0 <= min_lr <= lr, lr above 0 and warmup of at least 0, got {self}")
         if not 0 <= self.ema < 1 or not self.max_grad_norm > 0:
             raise InputError(f"optimizer.ema must lie in 0..1 and max_grad_norm above 0, got {self}")
+        if not 0 < self.decay_fraction <= 1:
+            raise InputError(f"optimizer.decay_fraction must lie in 0..1 and above 0, got {self.decay_fraction}")
+        if any(rate is not None and not rate > 0 for rate in (self.muon_lr, self.plain_lr)):
+            raise InputError(f"optimizer.muon_lr and plain_lr must be above 0, or left out, got {self}")
         if min(self.encoder_lr_factor, self.codes_lr_factor, self.weight_decay) < 0:
             raise InputError(f"the factors and weight_decay of the optimizer must not be negative, got {self}")
 

@@ -7,6 +7,8 @@
     asset_understanding     1.0 sigmoid
     asset_reconstruction    0.2 (L1 of voxels + L1 + L2 + 0.5 coverage of drawn views) + 1e-8 KL
 
+Where `loss.psnr` asks for it, every reconstruction has the PSNR of its items besides.
+
 The loss of a micro-batch is its part of the step's: sums over its own units, divided by the units of all
 (`Prepared.totals`). Adding up the losses, or the gradients, of all micro-batches in all processes gives those of the
 step. The same holds for the terms, which are logged unweighted.
@@ -31,6 +33,7 @@ from tokenizer.losses.l1 import l1
 from tokenizer.losses.lpips import LPIPS, unit_length
 from tokenizer.losses.networks import ImageNetwork, make_clip_network
 from tokenizer.losses.pictures import squares
+from tokenizer.losses.psnr import psnr
 from tokenizer.losses.sigmoid import sigmoid
 from tokenizer.losses.similarity import SimilarityScale
 from tokenizer.losses.weights import LossChoices, LossWeights
@@ -92,7 +95,7 @@ class Objective:
         """The terms of a task, for logs: "task/term"."""
         if is_understanding(task):
             return [f"{task}/semantic"]
-        names = ["l1", "kl"]
+        names = ["l1", "kl", *(["psnr"] if self.weights.psnr else [])]
         if task == IMAGE_RECONSTRUCTION:
             names += [name for name in ("lpips", "gram", "clip") if getattr(self.weights, name)]
         if task == ASSET_RECONSTRUCTION:
@@ -146,9 +149,12 @@ class Objective:
         }
         factor = self.rendering.voxels if task == ASSET_RECONSTRUCTION else weights.l1
         reconstruction = factor * terms["l1"]
+        if weights.psnr:
+            found = psnr(outputs["decoded"], prepared.tokens.features, prepared.tokens.lengths, existing)
+            terms["psnr"] = found.sum() / totals.items
+            reconstruction = reconstruction - weights.psnr * terms["psnr"]
         if task == IMAGE_RECONSTRUCTION:
-            found = self._perceptual(prepared, outputs["decoded"])
-            for name, values in found.items():
+            for name, values in self._perceptual(prepared, outputs["decoded"]).items():
                 terms[name] = values.sum() / totals.pictures
                 reconstruction = reconstruction + getattr(weights, name) * terms[name]
         if task == ASSET_RECONSTRUCTION and "gaussians" in outputs and gaussians is not None and totals.views:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,34 +17,52 @@ GROUPS = ("encoder", "codes", "rest")
 """Groups of learning rates, as logs name them."""
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """AdamW over a `TrainedModel` (PAPER 4): the encoder at its own rate, matrices alone decayed.
 
-    Each group has a "name" and a "factor" of the learning rate; `set_rates` reads them.
+    With `muon_lr`, Muon trains the matrices inside transformer blocks. Each group has a "name" and a "factor" of the
+    learning rate; `set_rates` reads them.
     """
-    factors = {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = group_of(name)
-        if factors[rate] == 0:
+        if rate == "codes" and settings.codes_lr_factor == 0:
             parameter.requires_grad_(False)
             continue
-        groups.setdefault((rate, decays(name, parameter)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": settings.weight_decay if decays else 0.0,
-                "name": rate,
-                "factor": factors[rate],
-            }
-            for (rate, decays), parameters in groups.items()
-        ],
-        lr=settings.lr,
-        betas=settings.betas,
-    )
+        groups.setdefault((rate, _sort(name, parameter, settings)), []).append(parameter)
+    adamw: list[dict[str, Any]] = []
+    muon: list[dict[str, Any]] = []
+    for (rate, sort), parameters in groups.items():
+        group = {
+            "params": parameters,
+            "weight_decay": 0.0 if sort == "plain" else settings.weight_decay,
+            "name": rate if sort != "muon" else f"{rate} matrices",
+            "factor": _factor(rate, sort, settings),
+        }
+        (muon if sort == "muon" else adamw).append(group)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas)]
+    if muon and settings.muon_lr is not None:
+        optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def _sort(name: str, parameter: Tensor, settings: OptimizerSettings) -> str:
+    """How a parameter is trained: "plain" without decay, "decayed", or by "muon"."""
+    if not decays(name, parameter):
+        return "plain"
+    return "muon" if settings.muon_lr is not None and ".blocks." in name and parameter.ndim == 2 else "decayed"
+
+
+def _factor(rate: str, sort: str, settings: OptimizerSettings) -> float:
+    """Of the scheduled learning rate."""
+    factor = {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}[rate]
+    if sort == "muon" and settings.muon_lr is not None:
+        return factor * settings.muon_lr / settings.lr
+    if sort == "plain" and rate != "codes" and settings.plain_lr is not None:
+        return factor * settings.plain_lr / settings.lr
+    return factor
 
 
 def group_of(name: str) -> str:
@@ -64,19 +82,24 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def rate_at(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """Learning rate of step number `step` (from 0) of `steps`: linear warm-up, then a cosine down to `min_lr`."""
+    """Learning rate of step number `step` (from 0) of `steps`: linear warm-up, then as `schedule` says to `min_lr`."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
+    if settings.schedule == "plateau":
+        decay = max(1, round(steps * settings.decay_fraction))
+        fall = math.sqrt(max(0.0, min(1.0, (step + decay + 1 - steps) / decay)))
+        return settings.lr - (settings.lr - settings.min_lr) * fall
     progress = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return settings.min_lr + (settings.lr - settings.min_lr) * cosine
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, float]:
-    """Set the rates of all groups, and return them by name."""
-    for group in optimizer.param_groups:
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> dict[str, float]:
+    """Set the rates of all groups, and return them by name; of a name's groups the decayed one's."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
         group["lr"] = rate * group["factor"]
-    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+    return {group["name"]: group["lr"] for group in sorted(groups, key=lambda group: float(group["weight_decay"]))}
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -14,7 +14,8 @@ from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig, FSQConfig
 from tokenizer.model.piecewise import LinearCodes, PiecewiseLinearCode
-from tokenizer.training.initialise import write_in_digits
+from tokenizer.training.initialise import set_codes, write_in_digits
+from tokenizer.training.linear_codes import fit_codes, principal_components
 
 
 @torch.no_grad()
@@ -60,6 +61,43 @@ def _grow_codes(state: dict[str, Tensor], skip: PiecewiseLinearCode, new: int) -
             state[f"skip.{name}.{leaf}"] = _more(state[f"skip.{name}.{leaf}"], new, dim=1)
     logvar = state["skip.logvar"]
     state["skip.logvar"] = torch.cat([logvar, logvar.mean().expand(new)])
+
+
+@torch.no_grad()
+def grow_codes(
+    network: ATokenNetwork, stills: Tensor, clips: Tensor, old: int, iterations: int, generator: torch.Generator
+) -> None:
+    """Let linear codes use the channels that `grown` added: each goes on with what its old coefficients leave.
+
+    Codes of stills get the next principal components of the patches that belong to them, so that the old channels
+    decode to what they did. Codes of clips are fitted anew: the stage with fewer channels has pictures alone, for which
+    moving pictures stood in.
+
+    Args:
+        network: changed in place; continuous, with linear codes.
+        stills: [places, n, P / Pt] first frames, clips: [places, n, P] patches, values in [-1, 1].
+        old: channels of the latents before they grew.
+        iterations: of fitting, see `fit_codes`.
+    """
+    skip = network.skip
+    assert skip is not None
+    new = network.config.latent_channels - old
+    patches = stills.flatten(0, 1)
+    coefficients, number = skip.stills(patches)
+    decoded = torch.einsum("nc,ncf->nf", coefficients, skip.stills.decoder[number]) + skip.stills.mean[number]
+    left = patches - decoded
+    for code in range(len(skip.stills.mean)):
+        mine = left[number == code]
+        if len(mine) < 3 * new:
+            continue  # too little is known of a code that is hardly used: it keeps what it had
+        components = principal_components(mine, new)
+        spread = (mine @ components).square().mean(dim=0).sqrt().clamp_min(1e-3)
+        skip.stills.decoder[code, -new:] = (components * spread).T
+        read = (components / spread).T
+        # Read from what the old coefficients leave, so that these stay what they were.
+        overlap = read @ skip.stills.decoder[code, :-new].T
+        skip.stills.encoder[code, -new:] = read - overlap @ skip.stills.encoder[code, :-new]
+    set_codes(skip.clips, fit_codes(clips, len(skip.clips.mean), skip.clips.encoder.shape[1], iterations, generator))
 
 
 def _more(tensor: Tensor, count: int, dim: int) -> Tensor:

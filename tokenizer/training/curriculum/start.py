@@ -12,6 +12,9 @@ from tokenizer.api import AToken
 from tokenizer.checkpoints import WEIGHTS_FILE, bundled_models
 from tokenizer.config import parse_config
 from tokenizer.errors import InputError
+from tokenizer.gaussians.checkpoints import SUBFOLDER as GAUSSIANS
+from tokenizer.gaussians.checkpoints import load_gaussian_decoder
+from tokenizer.gaussians.config import GaussianDecoderConfig
 from tokenizer.gaussians.decoder import GaussianDecoder
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig
@@ -22,7 +25,7 @@ from tokenizer.training.curriculum.codes import sample_patches
 from tokenizer.training.curriculum.config import RunConfig, TextConfig, network_config
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.siglip2 import start_from_siglip2
-from tokenizer.training.curriculum.stages import grown, quantised
+from tokenizer.training.curriculum.stages import grow_codes, grown, quantised
 from tokenizer.training.feeding import StepBatch
 from tokenizer.training.initialise import start_from_linear_codes
 
@@ -48,7 +51,7 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches)
     Args:
         config: the run.
         tower: its text tower.
-        batches: for `start.kind: codes`.
+        batches: for linear codes that are fitted, or grow.
 
     Raises:
         InputError: weights that are missing, damaged or of another model.
@@ -59,13 +62,16 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches)
     if config.start.kind == "model":
         previous = load_previous(str(config.start.source))
         network = _adapted(previous.network, sizes, str(config.start.source), generator)
+        old = previous.network.config.latent_channels
+        if network.skip is not None and sizes.latent_channels > old:
+            grow_codes(network, *_patches(config, sizes, batches), old, config.start.iterations, generator)
     else:
         network = ATokenNetwork(sizes)
         network.reset_parameters(generator)
     if config.start.kind == "siglip2":
         start_from_siglip2(network.encoder, str(config.start.source))
     if config.start.kind == "codes":
-        stills, clips = sample_patches(batches(), config.start.patches, sizes.patch_size, config.seed)
+        stills, clips = _patches(config, sizes, batches)
         start_from_linear_codes(network, stills, clips, config.start.iterations, generator)
     alignment = _alignment(config, tower, sizes.encoder.width, previous, generator)
     gaussians = _gaussians(config, previous, generator)
@@ -73,6 +79,10 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches)
     if alignment is not None:
         alignment.scale.requires_grad_(config.choices.sigmoid_trained)
     return model
+
+
+def _patches(config: RunConfig, sizes: ATokenConfig, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+    return sample_patches(batches(), config.start.patches, sizes.patch_size, config.seed)
 
 
 def load_previous(source: str) -> Previous:
@@ -171,8 +181,23 @@ def _gaussians(config: RunConfig, previous: Previous | None, generator: torch.Ge
     if config.gaussians is None:
         return None
     decoder = GaussianDecoder(config.gaussians)
-    if previous is not None and previous.gaussians is not None and previous.gaussians.config == config.gaussians:
+    if config.start.gaussians is not None:
+        decoder.load_state_dict(_trained_gaussians(config.start.gaussians, config.gaussians).state_dict())
+    elif previous is not None and previous.gaussians is not None and previous.gaussians.config == config.gaussians:
         decoder.load_state_dict(previous.gaussians.state_dict())
     else:
         decoder.reset_parameters(generator)
     return decoder
+
+
+def _trained_gaussians(source: str, wanted: GaussianDecoderConfig) -> GaussianDecoder:
+    """The decoder of Gaussians of a run, a model's folder or a bundled model."""
+    folder = Path(source)
+    found: GaussianDecoder | None
+    if (folder / GAUSSIANS / WEIGHTS_FILE).is_file():
+        found = load_gaussian_decoder(folder / GAUSSIANS)
+    else:
+        found = load_previous(source).gaussians
+    if found is None or found.config != wanted:
+        raise InputError(f"start.gaussians: {source} holds no decoder of Gaussians of the sizes in gaussians")
+    return found

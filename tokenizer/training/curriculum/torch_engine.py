@@ -30,7 +30,7 @@ from tokenizer.training.curriculum.optimization import (
     clip_gradients,
     gradient_norms,
     is_shared,
-    make_optimizer,
+    make_optimizers,
     rate_at,
     set_rates,
 )
@@ -41,8 +41,6 @@ Layout = Literal["single", "ddp", "fsdp2"]
 
 _PIECE = 2**24
 """Numbers that travel together when gradients are added up: 64 MB."""
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TorchEngine:
@@ -57,7 +55,7 @@ class TorchEngine:
         layout: "single" for one process alone.
 
     Raises:
-        InputError: several processes and "single".
+        InputError: several processes and "single", or Muon and "fsdp2".
     """
 
     def __init__(
@@ -71,12 +69,20 @@ class TorchEngine:
     ) -> None:
         if layout == "single" and processes.many:
             raise InputError(f"engine is single, but there are {processes.world} processes; use ddp or fsdp2")
+        if layout == "fsdp2" and config.optimizer.muon_lr is not None:
+            raise InputError("optimizer.muon_lr needs whole matrices, which fsdp2 shares out; use ddp or leave it out")
         self.model = model.to(device)
         self.objective, self.config, self.processes, self.layout = objective, config, processes, layout
         self._device = device
         if layout == "fsdp2":
             _share_out(self.model, device)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self._owner = {
+            parameter: number
+            for number, optimizer in enumerate(self.optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.average = Average(self.trained, config.optimizer.ema)
 
@@ -112,15 +118,16 @@ class TorchEngine:
 
     def clip_and_step(self, step: int, loss: float) -> Outcome:
         settings = self.config.optimizer
-        rates = set_rates(self.optimizer, rate_at(step, self.config.steps, settings))
+        rates = set_rates(self.optimizers, rate_at(step, self.config.steps, settings))
         norms = gradient_norms(self.trained.items(), self.processes, shared=self.layout == "fsdp2")
         # Loss and norms are the same numbers in every process, so all of them decide alike.
         done = math.isfinite(loss) and math.isfinite(norms["total"])
         if done:
             clip_gradients(self.trained.values(), norms["total"], settings.max_grad_norm)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.average.update(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return Outcome(done, norms, rates)
 
     def _add_up_gradients(self, parameters: Iterable[nn.Parameter], factor: float = 1.0) -> None:
@@ -158,7 +165,7 @@ class TorchEngine:
     # ------------------------------------------------------------------ what is kept
 
     def state_dict(self) -> dict[str, Any]:
-        moments = {name: self.optimizer.state[parameter] for name, parameter in self.trained.items()}
+        moments = self._moments()
         # Gathering is done by all processes, keeping by the first.
         buffers = [(name, value) for name, value in self.model.named_buffers() if _is_kept(self.model, name)]
         state: dict[str, dict[str, Any]] = {
@@ -166,7 +173,7 @@ class TorchEngine:
             "average": {name: _whole(value) for name, value in self.average.values.items()},
             "buffers": {name: _whole(value) for name, value in buffers},
             "optimizer": {
-                name: {kind: _whole(found[kind]) for kind in _MOMENTS} for name, found in moments.items() if found
+                name: {kind: _whole(value) for kind, value in found.items()} for name, found in moments.items()
             },
         }
         # What is frozen is its own average, so that "average" is a whole model.
@@ -185,10 +192,18 @@ class TorchEngine:
                 buffer.copy_(state["buffers"][name])
         for name, parameter in self.trained.items():
             if name in state["optimizer"]:
-                self.optimizer.state[parameter] = {
+                self._optimizer_of(parameter).state[parameter] = {
                     kind: value.clone() if kind == "step" else _like(value, parameter)
                     for kind, value in state["optimizer"][name].items()
                 }
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizers remember of each parameter that has been trained, by name."""
+        found = {name: self._optimizer_of(parameter).state.get(parameter) for name, parameter in self.trained.items()}
+        return {name: dict(state) for name, state in found.items() if state}
+
+    def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        return self.optimizers[self._owner[parameter]]
 
     def save_model(self, folder: Path) -> None:
         state = self.state_dict()
