@@ -1,26 +1,48 @@
 """How many operations a step takes, and how many a device can do: the utilisation that logs show.
 
-Counted as `benchmarks.tokenizer` counts: two for each multiply-add of linear layers, position tables and attention. A
-backward pass is twice a forward pass. Frozen networks (text towers, LPIPS) and rasterising are not counted: what is
-shown is the share of the device that works on the model.
+Counted are matrix products, two operations for each multiply-add: linear layers, position tables, linear codes, and
+attention over whole segments or inside windows. A layer's backward pass is twice its forward pass; of what reads pixels
+it is once, since nobody asks for the gradient of a pixel. Counted is what a task needs: the network pools and writes
+posteriors for every task, and what no loss reads is left out. So are frozen networks (text towers, LPIPS) and
+rasterising: what is shown is the share of the device that works on the model.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from tokenizer.gaussians.windows import window_plan
 from tokenizer.model.config import TransformerConfig
+from tokenizer.model.piecewise import PiecewiseLinearCode
 from tokenizer.model.plan import tile_plan
 from tokenizer.model.positions import GRID
+from tokenizer.model.transformer import Transformer
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.tasks import ASSET_RECONSTRUCTION, is_understanding
 
 PASSES = 3
 """A forward and a backward pass, in forward passes."""
+
+OF_INPUTS = 2
+"""The same for a product with what needs no gradient: pixels, positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Operations, forward and backward: of products with weights, and of attention's products of tokens with tokens."""
+
+    weights: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.attention
 
 
 class Work:
@@ -33,46 +55,110 @@ class Work:
     def __init__(self, model: TrainedModel) -> None:
         network = model.network
         self.config = network.config
-        pool = network.encoder.pool
-        once = _linear_weights(pool) - pool.key_value.weight.numel()
-        # Query, output and MLP of the pool run once an item, not once a token.
-        self.encoder = _linear_weights(network.encoder) - once
-        self.decoder = _linear_weights(network.decoder) if network.decoder is not None else 0
-        self.gaussians = _linear_weights(model.gaussians) if model.gaussians is not None else 0
+        encoder, decoder, pool = network.encoder, network.decoder, network.encoder.pool
+        self._encode = _stack_work(encoder.transformer, reads_pixels=True)
+        # Latents need a gradient, so that the decoder's input layer is like any other.
+        self._reconstruct = PASSES * _weights(encoder.to_posterior)
+        if decoder is not None:
+            rest = _weights(decoder) - _weights(decoder.transformer)
+            self._reconstruct += _stack_work(decoder.transformer) + PASSES * rest
+        if network.skip is not None:
+            self._reconstruct += _codes_work(network.skip, self.config.latent_channels)
+        self._pool = PASSES * _weights(pool.key_value)
+        # The query of the pool runs once a batch, its output and MLP once an item.
+        self._batch = PASSES * _weights(pool.query)
+        item_layers: tuple[nn.Module | None, ...] = (pool.out, pool.mlp, model.alignment)
+        self._item = PASSES * sum(_weights(layer) for layer in item_layers if layer is not None)
+        self.gaussians = model.gaussians.config if model.gaussians is not None else None
+        self._gaussians = PASSES * _weights(model.gaussians) if model.gaussians is not None else 0
 
     def of(self, tokens: SparseTokens, task: str) -> float:
         """Operations of a micro-batch, forward and backward."""
-        runs = tile_plan(tokens, self.config.tile_steps).segments.runs
+        return self.count(tokens, task).total
+
+    def count(self, tokens: SparseTokens, task: str) -> Count:
+        """The same by what they are spent on."""
+        rows, config = tokens.num_tokens, self.config
+        runs = tile_plan(tokens, config.tile_steps).segments.runs
         pairs = sum(count * queries * keys for count, queries, keys in runs)
-        total = self._stack(self.config.encoder, self.encoder, tokens.num_tokens, pairs)
-        if not is_understanding(task) and self.config.decoder is not None:
-            total += self._stack(self.config.decoder, self.decoder, tokens.num_tokens, pairs)
-        if task == ASSET_RECONSTRUCTION:
-            total += 2.0 * tokens.num_tokens * self.gaussians
-        return PASSES * total
+        weights, attention = rows * self._encode, pairs * _per_pair(config.encoder)
+        if is_understanding(task):
+            weights += rows * self._pool + tokens.batch_size * self._item + self._batch
+            attention += rows * PASSES * 2 * config.encoder.width
+        else:
+            weights += rows * self._reconstruct
+            attention += pairs * (_per_pair(config.decoder) if config.decoder is not None else 0)
+        if task == ASSET_RECONSTRUCTION and self.gaussians is not None:
+            weights += rows * self._gaussians
+            attention += self._window_pairs(tokens) * PASSES * 2 * self.gaussians.width
+        return Count(2.0 * weights, 2.0 * attention)
 
-    @staticmethod
-    def _stack(config: TransformerConfig, weights: int, tokens: int, pairs: int) -> float:
-        table = GRID * GRID * config.width if config.learned_positions else 0
-        return 2.0 * tokens * (weights + table) + 4.0 * pairs * config.width * config.depth
+    def _window_pairs(self, tokens: SparseTokens) -> int:
+        """Pairs of voxels in a window, in all blocks of the Gaussian decoder; windows of odd blocks are shifted."""
+        assert self.gaussians is not None
+        window, depth = self.gaussians.window, self.gaussians.depth
+        plans = (window_plan(tokens, window, window // 2 * parity) for parity in (0, 1))
+        pairs = [int(plan.lengths.square().sum()) for plan in plans]
+        return pairs[0] * ((depth + 1) // 2) + pairs[1] * (depth // 2)
 
 
-def _linear_weights(module: nn.Module) -> int:
+def _stack_work(stack: Transformer, *, reads_pixels: bool = False) -> int:
+    """Multiply-adds of a token in the linear layers and position table of a transformer."""
+    table = GRID * GRID * stack.config.width if stack.positions is not None else 0
+    embed = _weights(stack.embed)
+    blocks = _weights(stack) - embed
+    return PASSES * blocks + (OF_INPUTS if reads_pixels else PASSES) * embed + OF_INPUTS * table
+
+
+def _per_pair(config: TransformerConfig) -> int:
+    """Multiply-adds of a query and a key that it sees, in all blocks: their score, and the value that it weighs."""
+    return PASSES * 2 * config.width * config.depth
+
+
+def _weights(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
+def _codes_work(skip: PiecewiseLinearCode, latent_channels: int) -> int:
+    """Multiply-adds of a token in the linear codes, counted by torch: what two tokens take more than one.
+
+    Which codes there are, and how the best is found, is theirs to know; what does not grow with the tokens is small.
+    """
+    one, two = (_counted_codes(skip, latent_channels, rows) for rows in (1, 2))
+    return (two - one) // 2
+
+
+def _counted_codes(skip: PiecewiseLinearCode, latent_channels: int, rows: int) -> int:
+    like = skip.stills.mean
+    patches = like.new_zeros(rows, skip.clips.mean.shape[1])
+    parameters, latents = (like.new_zeros(rows, n * latent_channels, requires_grad=True) for n in (2, 1))
+    leaves = [latents, *(parameter for parameter in skip.parameters() if parameter.requires_grad)]
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        output = skip.add_to_parameters(parameters, patches).sum() + skip.decode(latents).sum()
+        torch.autograd.grad(output, leaves, allow_unused=True)
+    return int(counter.get_total_flops())
+
+
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on this device now, the best of five."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        _wait(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+    """Operations a second of a large matrix product on this device now, the best of five.
+
+    On a CPU smaller ones are tried first: without instructions for bfloat16 a large one takes a quarter of a minute.
+    """
+    sizes = (8192,) if device.type == "cuda" else (128, 256, 512, 1024)
+    for size in sizes:
+        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        taken = _seconds(a, b)
+        if taken > 0.1:
+            break
+    return 2.0 * size**3 / min(taken, *(_seconds(a, b) for _ in range(5)))
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+    _wait(a.device)
+    start = time.perf_counter()
+    torch.mm(a, b)
+    _wait(a.device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
