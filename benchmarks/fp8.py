@@ -1,9 +1,10 @@
 """FP8 beside bfloat16: on CUDA how fast, on a CPU (where FP8 is emulated) how exact.
 
     python -m benchmarks.fp8                      # on CUDA: single layers, then training steps, in tokens/s
-    python -m benchmarks.fp8 --train 200          # on a CPU: losses of nano after 200 steps too (minutes)
+    python -m benchmarks.fp8 --train 200          # on a CPU: losses of nano after 200 steps too (half an hour)
 
-On CUDA, layers are the four linear layers of a block, forward and backward, at packed token counts that are a multiple
+What trains is the whole nano, from one start on the same crops; losses are means of the last tenth of the steps. On
+CUDA, layers are the four linear layers of a block, forward and backward, at packed token counts that are a multiple
 of 16 and at ones that are not (and so are padded). A step is encode, decode, L1 and both backward passes under bfloat16
 autocast. Calls take turns, so that their quotients are worth something.
 """
@@ -142,15 +143,16 @@ def late_loss(losses: list[float]) -> float:
     return sum(late) / len(late)
 
 
-def accuracy_records(train: int) -> list[Record]:
+def accuracy_records(train: int, crops: int, side: int) -> list[Record]:
     """Errors of single products, and with `train` steps the late loss of nano over that in bfloat16."""
-    plain = late_loss(training_losses(CONFIGS["nano"], None, train, crops=6, side=96)) if train else None
+    nano = functools.partial(training_losses, CONFIGS["nano"], steps=train, crops=crops, side=side)
+    plain = late_loss(nano(None)) if train else None
     records = []
     for fp8_format, recipe in RECIPES:
         config = FP8Config(fp8_format=fp8_format, fp8_recipe=recipe, backend="emulated")
         record: Record = {"format": fp8_format, "recipe": recipe, **product_errors(config)}
         if plain is not None:
-            loss = late_loss(training_losses(CONFIGS["nano"], config, train, crops=6, side=96))
+            loss = late_loss(nano(config))
             record |= {"loss": loss, "bf16 loss": plain, "loss / bf16": loss / plain}
         records.append(record)
     return records
@@ -248,7 +250,7 @@ def main(arguments: list[str]) -> int:
     try:
         if device.type == "cpu":
             console.print("no CUDA here: FP8 is emulated, which says how exact it is and nothing of its speed")
-            report["accuracy"] = accuracy_records(options.train)
+            report["accuracy"] = accuracy_records(options.train, options.crops, options.side)
         else:
             _measure_speed(report, options, device)
     except InputError as error:
@@ -288,6 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=int, default=64, help="256 x 256 pictures of a training step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="on a CPU: train nano for so many steps")
+    parser.add_argument("--crops", type=int, default=2, help="of a batch of --train")
+    parser.add_argument("--side", type=int, default=96, help="pixels a side of a crop; a patch has 16")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")
     return parser
 

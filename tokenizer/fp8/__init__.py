@@ -4,10 +4,13 @@
     ... train under torch.autocast(bfloat16) as before ...
     checkpoint["fp8"] = conversion.state_dict()              # histories of the delayed recipe; empty for tensorwise
 
+A run does so where its file says `fp8: {}` (`atoken train --config FILE fp8={}`); `tokenizer.megatron.pretrain` takes
+the same line for the options of Megatron's own FP8.
+
 Read in this order: `config` (the switch), `layers` (which ones, and why not the others), `choose` (which backend),
 `rows` (padding), `emulate` (the arithmetic, in plain torch), `backends` (torchao and Transformer Engine) and
-`conversion`, which joins them. `python -m tokenizer.fp8 --model so400m-c` prints the plan. Megatron's engine has its
-own FP8 (`tokenizer.megatron.fp8`), from which this package takes the list of layers, the options' rules and recipes.
+`conversion`, which joins them. `python -m tokenizer.fp8 --model so400m-c` prints the plan. The list of layers, the
+options' rules and recipes are those of `tokenizer.megatron.fp8`.
 """
 
 from tokenizer.fp8.config import FP8Config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizer.errors import InputError
 from tokenizer.megatron.config import ParallelConfig
@@ -48,14 +48,26 @@ class FP8Config:
         Raises:
             InputError: negative numbers of blocks, or the delayed recipe with blocks in bfloat16.
         """
-        return ParallelConfig(
-            transformer_impl="transformer_engine",
-            bf16=True,
-            fp8_format=self.fp8_format,
-            fp8_recipe=self.fp8_recipe,
-            fp8_margin=self.fp8_margin,
-            fp8_amax_history_len=self.fp8_amax_history_len,
-            fp8_amax_compute_algo=self.fp8_amax_compute_algo,
-            num_layers_at_start_in_bf16=self.num_layers_at_start_in_bf16,
-            num_layers_at_end_in_bf16=self.num_layers_at_end_in_bf16,
-        )
+        return ParallelConfig(bf16=True, **self._options())
+
+    def megatron_options(self) -> dict[str, Any]:
+        """What the section `megatron:` of a run would have to say for the same choices.
+
+        Raises:
+            InputError: choices that Megatron does not have.
+        """
+        if self.backend not in ("auto", "transformer_engine"):
+            raise InputError(
+                f"fp8.backend is {self.backend}, but Megatron's FP8 is Transformer Engine's; leave it out, or train "
+                "with atoken train"
+            )
+        if self.keep:
+            raise InputError(
+                "fp8.keep names layers, which Megatron cannot keep one by one; set fp8.num_layers_at_start_in_bf16 or "
+                "fp8.num_layers_at_end_in_bf16, or train with atoken train"
+            )
+        return self._options()
+
+    def _options(self) -> dict[str, Any]:
+        shared = {name: getattr(self, name) for name in self.__slots__ if name not in ("backend", "keep")}
+        return {"transformer_impl": "transformer_engine", **shared}

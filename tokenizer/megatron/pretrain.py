@@ -51,13 +51,20 @@ def read_settings(path: Path, overrides: Sequence[str], world: int) -> tuple[Run
 
 
 def layout_of(config: RunConfig, where: str) -> ParallelConfig:
-    """The section `megatron:` of a run.
+    """The section `megatron:` of a run, with what `fp8:` says where it says nothing itself.
 
     Raises:
-        InputError: unknown or contradicting settings.
+        InputError: unknown or contradicting settings, or some that this engine has not.
     """
+    if config.optimizer.muon_lr is not None or config.optimizer.plain_lr is not None:
+        raise InputError(
+            f"{where}: optimizer.muon_lr and plain_lr belong to atoken train; Megatron trains all with AdamW at "
+            "optimizer.lr, so leave them out"
+        )
     from_precision = config.precision == "bf16"
-    parallel = parse_config(ParallelConfig, {"bf16": from_precision, **config.megatron}, f"{where}: megatron")
+    from_fp8 = config.fp8.megatron_options() if config.fp8 is not None else {}
+    options = {"bf16": from_precision, **from_fp8, **config.megatron}
+    parallel = parse_config(ParallelConfig, options, f"{where}: megatron")
     if parallel.bf16 != from_precision:
         raise InputError(f"{where}: megatron.bf16 is {parallel.bf16}, precision is {config.precision}; leave bf16 out")
     if parallel.overlap_grad_reduce or parallel.overlap_param_gather:

@@ -58,7 +58,8 @@ class Engine(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run must not lose, whole, on the CPU, ready for `write_pt`; empty but in the first process.
 
-        Entries "model", "average", "buffers" are tensors by name, "optimizer" tensors by name and kind.
+        Entries "model", "average", "buffers" are tensors by name, "optimizer" tensors by name and kind; an engine may
+        add its own, without which it starts anew what they hold.
         """
         ...
 

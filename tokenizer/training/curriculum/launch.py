@@ -96,6 +96,8 @@ def train(
         patch_size = network_config(config).patch_size
         engine = make_engine(model, objective, config, processes, device)
         records = Records(folder, f"{config.name} stage {config.stage.number}", config.steps, active=processes.first)
+        if isinstance(engine, TorchEngine) and engine.conversion is not None:
+            records.say(engine.conversion.describe())
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         peak = config.peak_tflops * 1e12 if config.peak_tflops else measured_peak(device, dtype)
         loop = Loop(

@@ -39,9 +39,10 @@ PICTURES, BAD_STEPS = "pictures", "bad-steps"
 
 MAY_CHANGE = frozenset(
     {"steps", "out", "data", "validation", "log", "checkpoint", "accumulation", "engine", "max_bad_steps"}
-    | {"peak_tflops", "start", "megatron"}
+    | {"peak_tflops", "start", "megatron", "fp8"}
 )
-"""Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say."""
+"""Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say. FP8
+is how products are rounded, not what is trained: a run may end in bfloat16, or go on in FP8 after a careful start."""
 
 
 @dataclass(slots=True)

@@ -4,7 +4,8 @@ In DDP, gradients are added up once for each optimizer step, in a few flat piece
 parameters, which torch's own wrapper, made for one backward pass in each step, would not add up right. In FSDP2 they
 are added up after each micro-batch: that no process ever holds a whole gradient is the point of it.
 
-Parameters stay float32. With bf16, matrix products and attention run in bfloat16 (autocast).
+Parameters stay float32. With bf16, matrix products and attention run in bfloat16 (autocast); with fp8, linear layers of
+the blocks in FP8 (`tokenizer.fp8`), under the same names of parameters, so that models and checkpoints are the same.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
+from tokenizer.fp8 import convert
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.engine import Outcome
@@ -49,13 +51,16 @@ class TorchEngine:
     Args:
         model: float32, the same weights in every process; it is moved to the device.
         objective: what is minimised.
-        config: optimizer, steps and precision.
+        config: optimizer, steps, precision and FP8.
         processes: all of the run.
         device: of this one.
         layout: "single" for one process alone.
 
     Raises:
-        InputError: several processes and "single", or Muon and "fsdp2".
+        InputError: several processes and "single", Muon and "fsdp2", or FP8 that no backend here computes.
+
+    Attributes:
+        conversion: what computes in FP8, or None.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class TorchEngine:
         self.model = model.to(device)
         self.objective, self.config, self.processes, self.layout = objective, config, processes, layout
         self._device = device
+        # Before parameters are shared out: backends take whole ones.
+        self.conversion = convert(self.model, config.fp8, device) if config.fp8 is not None else None
         if layout == "fsdp2":
             _share_out(self.model, device)
         self.optimizers = make_optimizers(self.model, config.optimizer)
@@ -127,6 +134,8 @@ class TorchEngine:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.average.update(step)
+        if self.conversion is not None:
+            self.conversion.synchronise()
         self.model.zero_grad(set_to_none=True)
         return Outcome(done, norms, rates)
 
@@ -169,6 +178,7 @@ class TorchEngine:
         # Gathering is done by all processes, keeping by the first.
         buffers = [(name, value) for name, value in self.model.named_buffers() if _is_kept(self.model, name)]
         state: dict[str, dict[str, Any]] = {
+            "fp8": self.conversion.state_dict() if self.conversion is not None else {},
             "model": {name: _whole(parameter) for name, parameter in self.model.named_parameters()},
             "average": {name: _whole(value) for name, value in self.average.values.items()},
             "buffers": {name: _whole(value) for name, value in buffers},
@@ -196,6 +206,8 @@ class TorchEngine:
                     kind: value.clone() if kind == "step" else _like(value, parameter)
                     for kind, value in state["optimizer"][name].items()
                 }
+        if self.conversion is not None:
+            self.conversion.load_state_dict(state.get("fp8", {}))
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         """What the optimizers remember of each parameter that has been trained, by name."""
