@@ -12,7 +12,9 @@ beside each other.
 
 Passes (forward and backward) and update (clip, optimizer, average) are timed apart: an update costs the same whatever
 the batch, so that small steps are slow by it. From both follows the number of tokens from which a step reaches 0.7 of
-the matrix rate. GiB is what an engine alone takes at its peak: parameters, gradients, moments, averages, activations.
+the matrix rate. Columns of the table: "weights alone" is the ratio without the operations of attention, "passes alone"
+that of the passes in their time; GiB is what an engine alone takes at its peak, parameters, gradients, moments,
+averages and activations; "speed" compares with the first engine of those that took turns.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +79,7 @@ def _run(report: Record, options: argparse.Namespace, device: torch.device, cons
         setting = Setting(sizes, options.task, tokens, options.micro_batches, device, options.compile)
         megatron: AbstractContextManager[None] = nullcontext()
         if "megatron" in engines:
-            megatron = megatron_process(sizes, specs, device)
+            megatron = megatron_process(setting, specs)
         with megatron:
             for number, group in enumerate(groups_of(engines, precision, fp8=fp8)):
                 found = measure(group, setting, options.steps, specs)
@@ -85,7 +88,8 @@ def _run(report: Record, options: argparse.Namespace, device: torch.device, cons
                 # A group that fails later takes nothing of this with it.
                 _write(report, options.out)
                 gc.collect()
-    console.print(_table(report))
+    for table in _tables(report):
+        console.print(table)
     for line in _remarks(report["records"]):
         console.print(line)
     if options.out:
@@ -186,47 +190,43 @@ def _write(report: Record, out: Path | None) -> None:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-_COLUMNS = {
-    "model": "model",
-    "engine": "engine",
-    "precision": "in",
-    "tokens": "tokens",
-    "seconds": "step s",
-    "passes seconds": "passes s",
-    "update seconds": "update s",
-    "tokens/s": "tokens/s",
-    "ratio": "ratio",
-    "ratio without attention": "without attention",
-    "ratio of passes": "passes alone",
-    "GiB": "GiB",
-    "beside the first": "speed",
-}
-
-
-def _table(report: Record) -> Table:
+def _tables(report: Record) -> list[Table]:
+    """One for each model, narrow enough for 80 columns."""
     threads = f", {report['threads']} threads" if report["threads"] else ""
-    table = Table(title=f"{report['task']} on {report['device']}{threads}, torch {report['torch']}")
-    for name in _COLUMNS.values():
-        table.add_column(name, justify="left" if name in ("model", "engine", "in") else "right")
-    group = None
+    tables: dict[str, Table] = {}
     for record in report["records"]:
-        if group not in (None, (record["model"], record["group"])):
-            table.add_section()
-        group = record["model"], record["group"]
-        table.add_row(*(_cell(record[name]) for name in _COLUMNS))
-    return table
+        title = f"{record['model']}: {report['task']} on {report['device']}{threads}, torch {report['torch']}"
+        if title not in tables:
+            tables[title] = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            for number, name in enumerate(_COLUMNS):
+                tables[title].add_column(name, justify="right" if number else "left", no_wrap=True)
+            group = record["group"]
+        elif group != record["group"]:
+            tables[title].add_section()
+            group = record["group"]
+        tables[title].add_row(*_cells(record))
+    return list(tables.values())
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+_COLUMNS = (
+    *("engine", "tokens", "passes\ns", "update\ns", "tokens\n/s", "ratio", "weights\nalone"),
+    *("passes\nalone", "GiB", "speed"),
+)
+
+
+def _cells(record: Record) -> list[str]:
+    return [
+        f"{record['engine']} {record['precision']}",
+        str(record["tokens"]),
+        f"{record['passes seconds']:.3f}",
+        f"{record['update seconds']:.3f}",
+        f"{record['tokens/s']:.0f}",
+        f"{record['ratio']:.2f}",
+        f"{record['ratio without attention']:.2f}",
+        f"{record['ratio of passes']:.2f}",
+        "-" if record["GiB"] is None else f"{record['GiB']:.2f}",
+        f"{record['beside the first']:.2f}",
+    ]
 
 
 def _remarks(records: Sequence[Record]) -> list[str]:

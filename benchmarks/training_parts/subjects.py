@@ -18,9 +18,9 @@ import torch.distributed as dist
 from benchmarks.training_parts import memory
 from benchmarks.training_parts.batches import gaussian_sizes, make_step
 from tokenizer.errors import InputError
-from tokenizer.fp8 import FP8Config, convert
+from tokenizer.fp8 import FP8Config
 from tokenizer.losses.weights import LossWeights
-from tokenizer.megatron.config import ParallelConfig
+from tokenizer.megatron.pretrain import layout_of
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig
 from tokenizer.text.alignment import AlignmentConfig, TextAlignment
@@ -89,7 +89,7 @@ class Subject:
         self._number = 0
         before = memory.held(self.device)
         model = make_model(setting)
-        work, config = Work(model), run_config(setting, precision)
+        work, config = Work(model), run_config(setting, precision, specs)
         self.batches = make_step(
             setting.task,
             setting.tokens,
@@ -102,9 +102,9 @@ class Subject:
         self.work = _sum(work.count(batch.tokens, batch.task) for batch in self.batches)
         with self._inside():
             if engine == "native":
-                self._engine = _native(model, config, precision, setting)
+                self._engine = _native(model, config, setting)
             else:
-                self._engine = _megatron(model, config, precision, specs, self.device)
+                self._engine = _megatron(model, config, self.device)
         del model
         self.step()
         self.times.clear()
@@ -174,7 +174,7 @@ def make_model(setting: Setting) -> TrainedModel:
     return TrainedModel(network, alignment, gaussians).train()
 
 
-def run_config(setting: Setting, precision: Precision) -> RunConfig:
+def run_config(setting: Setting, precision: Precision, specs: Specs) -> RunConfig:
     """Settings of a run as published, without perceptual networks: they are no part of the model."""
     return RunConfig(
         name=setting.sizes.name,
@@ -186,12 +186,12 @@ def run_config(setting: Setting, precision: Precision) -> RunConfig:
         loss=LossWeights(lpips=0.0, gram=0.0, clip=0.0),
         gaussians=gaussian_sizes(setting.sizes) if setting.task == ASSET_RECONSTRUCTION else None,
         precision="fp32" if precision == "fp32" else "bf16",
+        fp8=FP8 if precision == "fp8" else None,
+        megatron={"transformer_impl": specs},
     )
 
 
-def _native(model: TrainedModel, config: RunConfig, precision: Precision, setting: Setting) -> Engine:
-    if precision == "fp8":
-        convert(model, FP8, setting.device)
+def _native(model: TrainedModel, config: RunConfig, setting: Setting) -> Engine:
     if setting.compile:
         for block in model.stacks():
             block.compile()
@@ -199,36 +199,28 @@ def _native(model: TrainedModel, config: RunConfig, precision: Precision, settin
     return TorchEngine(model, objective, config, Processes(setting.device), setting.device, "single")
 
 
-def _megatron(
-    model: TrainedModel, config: RunConfig, precision: Precision, specs: Specs, device: torch.device
-) -> Engine:
+def _megatron(model: TrainedModel, config: RunConfig, device: torch.device) -> Engine:
     from tokenizer.megatron.copies import Copies
     from tokenizer.megatron.training import MegatronEngine
 
-    objective = make_objective(config, device)
-    return MegatronEngine(model, objective, config, layout(precision, specs), Copies(device), device)
-
-
-def layout(precision: Precision, specs: Specs) -> ParallelConfig:
-    """One process, with the precision's options."""
-    if precision == "fp8":
-        return ParallelConfig(transformer_impl=specs, bf16=True, fp8_format=FP8.fp8_format, fp8_recipe=FP8.fp8_recipe)
-    return ParallelConfig(transformer_impl=specs, bf16=precision == "bf16")
+    objective, layout = make_objective(config, device), layout_of(config, "benchmark")
+    return MegatronEngine(model, objective, config, layout, Copies(device), device)
 
 
 @contextmanager
-def megatron_process(sizes: ATokenConfig, specs: Specs, device: torch.device) -> Iterator[None]:
+def megatron_process(setting: Setting, specs: Specs) -> Iterator[None]:
     """Megatron's groups for a process that is alone; Megatron must have been loaded (`load_megatron`)."""
     from megatron.core import parallel_state
 
     from tokenizer.megatron.build import initialise_parallel
     from tokenizer.megatron.cpu import on_cpu
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    on_a_cpu = setting.device.type == "cpu"
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo" if on_a_cpu else "nccl", store=store, rank=0, world_size=1)
     try:
-        with on_cpu() if device.type == "cpu" else nullcontext():
-            initialise_parallel(sizes, layout("fp32", specs))
+        with on_cpu() if on_a_cpu else nullcontext():
+            initialise_parallel(setting.sizes, layout_of(run_config(setting, "fp32", specs), "benchmark"))
         yield
     finally:
         parallel_state.destroy_model_parallel()
