@@ -31,7 +31,7 @@ from tokenizer.megatron.specs import block_spec
 from tokenizer.model.atoken import Encoding
 from tokenizer.model.config import ATokenConfig, TransformerConfig
 from tokenizer.model.encoder import AttentionPool
-from tokenizer.model.piecewise import PiecewiseLinearCode
+from tokenizer.model.piecewise import make_skip
 from tokenizer.model.plan import item_segments
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
@@ -72,10 +72,16 @@ class Stack(MegatronModule):  # type: ignore[misc]
         layers: nn.ModuleList = self.block.layers
         return layers
 
-    def run(self, features: Tensor, packing: Packing) -> Tensor:
-        """[N, inputs] in batch order -> [N, D] in batch order, on every tensor rank."""
+    def run(self, features: Tensor, packing: Packing, added: Tensor | None = None) -> Tensor:
+        """[N, inputs] in batch order -> [N, D] in batch order, on every tensor rank.
+
+        Args:
+            added: [N, D], see `tokenizer.model.transformer.Transformer.forward`.
+        """
         plan = packing.plan
         x = self.embed(plan.gather(features))
+        if added is not None:
+            x = x + plan.gather(added).to(x.dtype)
         if self.positions is not None:
             x = x + self.positions(plan).to(x.dtype)
         x = pad_rows(x, packing.total)[:, None]
@@ -148,7 +154,7 @@ class MegatronAToken(MegatronModule):  # type: ignore[misc]
         self.encoder = EncoderPart(config, parallel, dtype, device) if pre_process else None
         has_decoder = post_process and config.decoder is not None
         self.decoder = DecoderPart(config, parallel, dtype, device) if has_decoder else None
-        self.skip = _skip(config) if config.skip is not None else None
+        self.skip = make_skip(config)
         self.quantizer: Quantizer | None = (
             make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
         )
@@ -203,12 +209,13 @@ class MegatronAToken(MegatronModule):  # type: ignore[misc]
         features = self.encoder.run(patches.features, self._packing(patches))
         parameters = self.encoder.to_posterior(features)
         if self.skip is not None:
-            parameters = self.skip.add_to_parameters(parameters, patches.features)
+            parameters = self.skip.add_to_parameters(parameters, patches.features, features)
         return features, parameters, self.encoder.pool(features, item_segments(patches), patches.batch_size)
 
     def _decoded(self, latents: SparseTokens) -> SparseTokens:
         assert self.decoder is not None
-        patches = self.decoder.to_patches(self.decoder.run(latents.features, self._packing(latents)))
+        read = self.skip.read(latents.features) if self.skip is not None else None
+        patches = self.decoder.to_patches(self.decoder.run(latents.features, self._packing(latents), read))
         if self.skip is not None:
             patches = patches + self.skip.decode(latents.features)
         return latents.with_features(patches)
@@ -224,16 +231,3 @@ class MegatronAToken(MegatronModule):  # type: ignore[misc]
                 f"{self.network_config.name} takes patches of {self.network_config.patch_features} channels, "
                 f"got {patches.num_channels}"
             )
-
-
-def _skip(config: ATokenConfig) -> PiecewiseLinearCode:
-    assert config.skip is not None
-    patch = config.patch_features
-    return PiecewiseLinearCode(
-        patch // config.patch_size[0],
-        patch,
-        config.latent_channels,
-        config.skip.still_codes,
-        config.skip.clip_codes,
-        in_digits=config.quantizer is not None,
-    )

@@ -20,7 +20,7 @@ from tokenizer.model.config import ATokenConfig
 from tokenizer.model.context import Tiling, context_tiles
 from tokenizer.model.decoder import Decoder
 from tokenizer.model.encoder import Encoder
-from tokenizer.model.piecewise import PiecewiseLinearCode
+from tokenizer.model.piecewise import make_skip
 from tokenizer.model.plan import Plan, item_segments, tile_plan
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
@@ -76,18 +76,7 @@ class ATokenNetwork(nn.Module):
         patch, latent = config.patch_features, config.latent_channels
         self.encoder = Encoder(config.encoder, patch, latent)
         self.decoder = Decoder(config.decoder, latent, patch) if config.decoder is not None else None
-        self.skip = (
-            PiecewiseLinearCode(
-                patch // config.patch_size[0],
-                patch,
-                latent,
-                config.skip.still_codes,
-                config.skip.clip_codes,
-                in_digits=config.quantizer is not None,
-            )
-            if config.skip is not None
-            else None
-        )
+        self.skip = make_skip(config)
         self.quantizer: Quantizer | None = (
             make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
         )
@@ -117,7 +106,7 @@ class ATokenNetwork(nn.Module):
         plan = tile_plan(patches, self.config.tile_steps)
         features, parameters = self.encoder(patches.features, plan, observe)
         if self.skip is not None:
-            parameters = self.skip.add_to_parameters(parameters, patches.features)
+            parameters = self.skip.add_to_parameters(parameters, patches.features, features)
         pooled = self.encoder.pool(features, item_segments(patches), patches.batch_size)
         return Encoding(
             features=patches.with_features(features),
@@ -159,7 +148,8 @@ class ATokenNetwork(nn.Module):
     ) -> Tensor:
         """Latents [N, C] of one plan -> patches [N, P]; see `Decoder.forward`."""
         assert self.decoder is not None
-        patches: Tensor = self.decoder(latents, plan, caches, observe)
+        read = self.skip.read(latents) if self.skip is not None else None
+        patches: Tensor = self.decoder(latents, plan, caches, observe, read)
         return patches if self.skip is None else patches + self.skip.decode(latents)
 
     def checked_latents(self, latents: SparseTokens) -> SparseTokens:

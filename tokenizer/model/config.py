@@ -63,10 +63,14 @@ class FSQConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SkipConfig:
-    """How many linear codes stand beside the transformers, for single frames and for clips."""
+    """How many linear codes stand beside the transformers, for single frames and for clips.
+
+    linked: whether the transformers read and write coefficients through vectors of each code's own.
+    """
 
     still_codes: int
     clip_codes: int
+    linked: bool = False
 
     def __post_init__(self) -> None:
         if self.still_codes < 1 or self.clip_codes < 1:
@@ -143,9 +147,9 @@ SO400M_C_STAGE1 = replace(SO400M_C, name="atoken-so400m-c-stage1", latent_channe
 BASE = ATokenConfig(name="atoken-base", encoder=_encoder(768, 12, 12, 3072), decoder=_decoder(768, 12, 12, 3072))
 NANO = ATokenConfig(
     name="atoken-nano",
-    encoder=_encoder(256, 2, 8, 704),
-    decoder=_decoder(256, 3, 8, 1024),
-    skip=SkipConfig(still_codes=12, clip_codes=4),
+    encoder=_encoder(256, 2, 8, 640),
+    decoder=_decoder(256, 3, 8, 768),
+    skip=SkipConfig(still_codes=12, clip_codes=4, linked=True),
 )
 
 CONFIGS: dict[str, ATokenConfig] = {

@@ -29,7 +29,8 @@ class Decoder(nn.Module):
         plan: Plan,
         caches: list[BlockCache] | None = None,
         observe: Observer | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
-        """latents [N, C] -> patches [N, P]. `caches` as in `Transformer.forward`."""
-        patches: Tensor = self.to_patches(self.transformer(latents, plan, caches, observe))
+        """latents [N, C] -> patches [N, P]. `caches` and `added` as in `Transformer.forward`."""
+        patches: Tensor = self.to_patches(self.transformer(latents, plan, caches, observe, added))
         return patches

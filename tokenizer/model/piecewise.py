@@ -5,6 +5,9 @@ does that from the first step: each patch is coded by the one that fits it best,
 the transformers add what is better than any linear code. `tokenizer.training.initialise` fits the codes to data.
 
 K codes, c = C - d latent channels carry the coefficients, d channels carry the number of the code in base 4.
+
+A coefficient means something else in each code. With `widths` the transformers read and write them through vectors of
+each code's own (`CodeLinks`), so that a token looks alike to them whichever code it has.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tokenizer.model.config import ATokenConfig
 from tokenizer.model.digits import LEVEL_VALUES, code_in_digits
 from tokenizer.model.precision import at_least_float32
 
@@ -62,6 +66,27 @@ def _project(x: Tensor, rows: Tensor, mean: Tensor) -> Tensor:
     return projection
 
 
+class CodeLinks(nn.Module):
+    """What coefficients are to the transformers: reads [K, c, D] and biases [K, D], writes [K, c, E].
+
+    The decoder's transformer gets sum_i z_i reads[k, i] + biases[k] of a token with code k; the encoder's features h
+    [E] change coefficient i by writes[k, i] . correct(h), where `correct` is a linear layer.
+    """
+
+    def __init__(self, codes: int, channels: int, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        self.reads = nn.Parameter(torch.zeros(codes, channels, decoder_width))
+        self.biases = nn.Parameter(torch.zeros(codes, decoder_width))
+        self.writes = nn.Parameter(torch.zeros(codes, channels, encoder_width))
+        self.correct = nn.Linear(encoder_width, encoder_width, bias=False)
+
+    def changes(self, features: Tensor, number: Tensor) -> Tensor:
+        """What features [N, E] change in the coefficients of tokens with codes `number` [N] -> [N, c]."""
+        every: Tensor = (self.correct(features) @ self.writes.flatten(0, 1).T).unflatten(1, self.writes.shape[:2])
+        chosen: Tensor = every.gather(1, number[:, None, None].expand(-1, 1, every.shape[2]))[:, 0]
+        return chosen
+
+
 class PiecewiseLinearCode(nn.Module):
     """Codes for single frames and codes for clips, numbered one after the other.
 
@@ -74,6 +99,7 @@ class PiecewiseLinearCode(nn.Module):
         latent_channels: C.
         still_codes / clip_codes: how many codes of each sort.
         in_digits: write coefficients as digits for FSQ of 4 levels (`tokenizer.model.digits`), not as numbers.
+        widths: of the encoder and the decoder, to link them with the codes.
     """
 
     write_levels: Tensor
@@ -88,6 +114,7 @@ class PiecewiseLinearCode(nn.Module):
         clip_codes: int,
         *,
         in_digits: bool = False,
+        widths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.in_digits = in_digits
@@ -97,24 +124,27 @@ class PiecewiseLinearCode(nn.Module):
         channels = latent_channels - self.digits
         self.stills = LinearCodes(still_codes, channels, frame_features)
         self.clips = LinearCodes(clip_codes, channels, patch_features)
+        self.links = CodeLinks(self.total, channels, *widths) if widths is not None else None
         self.logvar = nn.Parameter(torch.zeros(latent_channels))
         self.register_buffer("write_levels", torch.tensor(LEVELS))
         self.register_buffer("read_levels", torch.tensor(LEVEL_VALUES if in_digits else LEVELS))
 
-    def add_to_parameters(self, parameters: Tensor, patches: Tensor) -> Tensor:
+    def add_to_parameters(self, parameters: Tensor, patches: Tensor, features: Tensor | None = None) -> Tensor:
         """Add the code of patches [N, P] to the encoder's posterior parameters [N, 2C].
 
         Digit channels belong to the code alone: whatever the encoder says there is replaced. That holds for every
         channel of a code in digits, where a small correction would flip a strong digit.
+
+        Args:
+            features: [N, E] of the encoder, for codes that are linked with it.
         """
         still = (patches[:, self.frame_features :] == 0).all(dim=1)
-        still_code, still_number = self._code(self.stills, patches[:, : self.frame_features])
-        clip_code, clip_number = self._code(self.clips, patches)
-        number = torch.where(still, still_number, clip_number + len(self.stills.mean))
+        code, number = self._codes_of(patches, still)
         digits = torch.stack([number // BASE**i % BASE for i in range(self.digits)], dim=1)
         mean, logvar = parameters.chunk(2, dim=1)
-        code = torch.where(still[:, None], still_code, clip_code)
         rest = code if self.in_digits else mean[:, self.digits :] + code
+        if self.links is not None and features is not None and not self.in_digits:
+            rest = rest + self.links.changes(features, number)
         mean = torch.cat([self.write_levels.to(mean.dtype)[digits], rest.to(mean.dtype)], dim=1)
         fixed = self.logvar.to(logvar.dtype)
         logvar = torch.cat(
@@ -124,18 +154,56 @@ class PiecewiseLinearCode(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """The linear part of the patches, [N, C] -> [N, P]."""
+        chosen, slots = self._slots(latents)
+        stills = len(self.stills.mean)
+        if (rows := _apart(chosen[:, :stills].sum(dim=1) > 0)) is not None:
+            still, clip = rows
+            parts = [
+                self._padded(self._reconstruct(self.stills, chosen[still, :stills], slots[still, :stills])),
+                self._reconstruct(self.clips, chosen[clip, stills:], slots[clip, stills:]),
+            ]
+            return torch.cat(parts)[torch.argsort(torch.cat(rows))]
+        return self._reconstruct(self.clips, chosen[:, stills:], slots[:, stills:]) + self._padded(
+            self._reconstruct(self.stills, chosen[:, :stills], slots[:, :stills])
+        )
+
+    def read(self, latents: Tensor) -> Tensor | None:
+        """What the decoder's transformer reads besides, [N, C] -> [N, D]; None for codes that are not linked."""
+        if self.links is None:
+            return None
+        chosen, slots = self._slots(latents)
+        return slots.flatten(1) @ self.links.reads.flatten(0, 1) + chosen @ self.links.biases
+
+    def _slots(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Which code each token has, one-hot [N, K], and its coefficients in that code's place [N, K, c].
+
+        So one dense product serves all tokens without sorting.
+        """
         distance = (latents[:, : self.digits, None] - self.read_levels.to(latents.dtype)).abs()
         digits = distance.argmin(dim=-1)
         number = sum(digits[:, i] * BASE**i for i in range(self.digits))
         assert isinstance(number, Tensor)
-        # Spread the coefficients over one slot for each code: one dense product serves all tokens without sorting.
         chosen = torch.nn.functional.one_hot(number.clamp_max(self.total - 1), self.total).to(latents.dtype)
-        stills = len(self.stills.mean)
-        slots = chosen[:, :, None] * latents[:, None, self.digits :]
-        return self._reconstruct(self.clips, chosen[:, stills:], slots[:, stills:]) + torch.nn.functional.pad(
-            self._reconstruct(self.stills, chosen[:, :stills], slots[:, :stills]),
-            (0, self.clips.mean.shape[1] - self.frame_features),
-        )
+        return chosen, chosen[:, :, None] * latents[:, None, self.digits :]
+
+    def _codes_of(self, patches: Tensor, still: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients [N, c] of patches [N, P] and numbers of their codes [N]; still: bool [N]."""
+        frame, first_clip = self.frame_features, len(self.stills.mean)
+        if (rows := _apart(still)) is not None:
+            (code, number), (clip_code, clip_number) = (
+                self._code(self.stills, patches[rows[0], :frame]),
+                self._code(self.clips, patches[rows[1]]),
+            )
+            order = torch.argsort(torch.cat(rows))
+            return torch.cat([code, clip_code])[order], torch.cat([number, clip_number + first_clip])[order]
+        still_code, still_number = self._code(self.stills, patches[:, :frame])
+        clip_code, clip_number = self._code(self.clips, patches)
+        number = torch.where(still, still_number, clip_number + first_clip)
+        return torch.where(still[:, None], still_code, clip_code), number
+
+    def _padded(self, frames: Tensor) -> Tensor:
+        """[N, P / Pt] of the first frame -> [N, P]."""
+        return torch.nn.functional.pad(frames, (0, self.clips.mean.shape[1] - self.frame_features))
 
     def _code(self, codes: LinearCodes, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [N, c] of the best of `codes` for each row, and its number [N]."""
@@ -149,3 +217,29 @@ class PiecewiseLinearCode(nn.Module):
     @staticmethod
     def _reconstruct(codes: LinearCodes, chosen: Tensor, slots: Tensor) -> Tensor:
         return slots.flatten(1) @ codes.decoder.flatten(0, 1) + chosen @ codes.mean
+
+
+def make_skip(config: ATokenConfig) -> PiecewiseLinearCode | None:
+    """The codes that a network of these sizes has beside its transformers, if any."""
+    if config.skip is None:
+        return None
+    decoder_width = config.decoder.width if config.decoder is not None else config.encoder.width
+    return PiecewiseLinearCode(
+        config.patch_features // config.patch_size[0],
+        config.patch_features,
+        config.latent_channels,
+        config.skip.still_codes,
+        config.skip.clip_codes,
+        in_digits=config.quantizer is not None,
+        widths=(config.encoder.width, decoder_width) if config.skip.linked else None,
+    )
+
+
+def _apart(still: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows of single frames and of clips, on a CPU, where each sort is worth computing alone.
+
+    None where finding them would make the host wait for a device, or a compiler stop.
+    """
+    if still.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return still.nonzero()[:, 0], (~still).nonzero()[:, 0]

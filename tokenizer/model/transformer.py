@@ -156,15 +156,19 @@ class Transformer(nn.Module):
         plan: Plan,
         caches: list[BlockCache] | None = None,
         observe: Observer | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """[N, inputs] in batch order -> [N, D] in batch order.
 
         Args:
             caches: for a plan with context: one entry for each block, replaced in place; empty before the first tile.
             observe: called after the positions were added (0) and after each block (1, 2, ...).
+            added: [N, D] in batch order, what tokens are besides what the input layer makes of them.
         """
         rotary = self._rotary(plan) if self.config.rotary else None
         x = self.embed(plan.gather(features))
+        if added is not None:
+            x = x + plan.gather(added).to(x.dtype)
         if self.positions is not None:
             x = x + self.positions(plan).to(x.dtype)
         if observe is not None:

@@ -51,7 +51,9 @@ def start_from_linear_codes(
         figures[name] = 10 * math.log10(4 / fitted.error)
     skip.logvar.fill_(INITIAL_LOGVAR)
 
-    clips = clips.flatten(0, 1)
+    # A still is a clip whose later frames are zero: components of both, for tokens of both.
+    stills = stills.flatten(0, 1)
+    clips = torch.cat([clips.flatten(0, 1), torch.nn.functional.pad(stills, (0, clips.shape[-1] - stills.shape[-1]))])
     centred = clips - clips.mean(dim=0)
     components = principal_components(centred, max(network.config.encoder.width, decoder.transformer.config.width))
     spread = (centred @ components).square().mean(dim=0).sqrt().clamp_min(1e-4)
@@ -60,9 +62,36 @@ def start_from_linear_codes(
     # Nothing is said until the norm in front of the last layer opens, channel by channel.
     torch.nn.init.zeros_(decoder.transformer.norm.get_parameter("weight"))
     torch.nn.init.zeros_(network.encoder.to_posterior.weight)
+    if skip.links is not None:
+        torch.nn.init.zeros_(decoder.transformer.embed.weight)  # coefficients of different codes have nothing in common
+        torch.nn.init.zeros_(skip.links.correct.weight)
+        link_codes(network)
     if network.quantizer is not None:
         write_in_digits(network)
     return figures
+
+
+@torch.no_grad()
+def link_codes(network: ATokenNetwork) -> None:
+    """Set what the transformers read and write of codes to principal components (see `start_from_linear_codes`).
+
+    The decoder reads a code's reconstruction in whitened components; the encoder's features say in them by how much a
+    patch should differ from what it is before it is coded. The components are those that the decoder writes.
+    """
+    skip, decoder = network.skip, network.decoder
+    assert skip is not None
+    assert skip.links is not None
+    assert decoder is not None
+    links, components = skip.links, decoder.to_patches.weight  # [P, D]
+    whitened = components / components.square().sum(dim=0).clamp_min(1e-8)
+    first = 0
+    for codes in (skip.stills, skip.clips):
+        rows, features = slice(first, first + len(codes.mean)), codes.mean.shape[1]
+        links.reads[rows] = codes.decoder @ whitened[:features]
+        links.biases[rows] = (codes.mean - codes.mean.mean(dim=0)) @ whitened[:features]
+        width = min(links.writes.shape[2], components.shape[1])
+        links.writes[rows, :, :width] = codes.encoder @ components[:features, :width]
+        first = rows.stop
 
 
 def set_codes(codes: LinearCodes, fitted: FittedCodes) -> None:
@@ -115,6 +144,10 @@ def write_in_digits(network: ATokenNetwork) -> None:
     skip.read_levels.copy_(torch.tensor(LEVEL_VALUES))
     embed = decoder.transformer.embed.weight
     embed[:, skip.digits :] = embed[:, skip.digits :][:, coefficient] * weight
+    if skip.links is not None:
+        reads = skip.links.reads[:, coefficient] * weight[:, None]
+        skip.links.biases.sub_(MIDDLE * reads.sum(dim=1))
+        skip.links.reads.copy_(reads)
     torch.nn.init.zeros_(network.encoder.to_posterior.weight)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.model import PARTS, part_of
+from tokenizer.training.curriculum.muon import Muon
 from tokenizer.training.curriculum.processes import Processes
 
 GROUPS = ("encoder", "codes", "rest")
@@ -44,7 +45,7 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch
         (muon if sort == "muon" else adamw).append(group)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas)]
     if muon and settings.muon_lr is not None:
-        optimizers.append(torch.optim.Muon(muon, lr=settings.muon_lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon, lr=settings.muon_lr))
     return optimizers
 
 
@@ -72,7 +73,7 @@ def group_of(name: str) -> str:
     """
     if name.startswith(("network.encoder.transformer.", "network.encoder.pool.")):
         return "encoder"
-    return "codes" if name.startswith("network.skip.") else "rest"
+    return "codes" if name.startswith("network.skip.") and ".links." not in name else "rest"
 
 
 def decays(name: str, parameter: Tensor) -> bool:

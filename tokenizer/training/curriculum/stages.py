@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig, FSQConfig
-from tokenizer.model.piecewise import LinearCodes, PiecewiseLinearCode
-from tokenizer.training.initialise import set_codes, write_in_digits
+from tokenizer.model.piecewise import PiecewiseLinearCode
+from tokenizer.training.initialise import link_codes, set_codes, write_in_digits
 from tokenizer.training.linear_codes import fit_codes, principal_components
 
 
@@ -55,8 +55,10 @@ def grown(network: ATokenNetwork, channels: int, generator: torch.Generator) -> 
 
 def _grow_codes(state: dict[str, Tensor], skip: PiecewiseLinearCode, new: int) -> None:
     """Linear codes say nothing in the new channels; the noise there is as loud as in the others."""
-    for name, codes in skip.named_children():
-        assert isinstance(codes, LinearCodes)
+    if skip.links is not None:
+        for leaf in ("reads", "writes"):
+            state[f"skip.links.{leaf}"] = _more(state[f"skip.links.{leaf}"], new, dim=1)
+    for name in ("stills", "clips"):
         for leaf in ("encoder", "decoder"):
             state[f"skip.{name}.{leaf}"] = _more(state[f"skip.{name}.{leaf}"], new, dim=1)
     logvar = state["skip.logvar"]
@@ -98,6 +100,16 @@ def grow_codes(
         overlap = read @ skip.stills.decoder[code, :-new].T
         skip.stills.encoder[code, -new:] = read - overlap @ skip.stills.encoder[code, :-new]
     set_codes(skip.clips, fit_codes(clips, len(skip.clips.mean), skip.clips.encoder.shape[1], iterations, generator))
+    # What the encoder would say at random in the new channels is noise to codes that mean something by them.
+    mean = network.encoder.to_posterior.weight[: old + new]
+    mean[old:] = 0
+    if skip.links is not None:
+        links, count = skip.links, len(skip.stills.mean)
+        reads, biases, writes = links.reads.clone(), links.biases.clone(), links.writes.clone()
+        link_codes(network)
+        # Old channels of stills are read as they were.
+        links.reads[:count, :-new], links.writes[:count, :-new] = reads[:count, :-new], writes[:count, :-new]
+        links.biases[:count] = biases[:count]
 
 
 def _more(tensor: Tensor, count: int, dim: int) -> Tensor:

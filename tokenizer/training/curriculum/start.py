@@ -69,7 +69,7 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches)
         network = ATokenNetwork(sizes)
         network.reset_parameters(generator)
     if config.start.kind == "siglip2":
-        start_from_siglip2(network.encoder, str(config.start.source))
+        start_from_siglip2(network.encoder, sizes.patch_size, str(config.start.source))
     if config.start.kind == "codes":
         stills, clips = _patches(config, sizes, batches)
         start_from_linear_codes(network, stills, clips, config.start.iterations, generator)
