@@ -197,7 +197,7 @@ def _tables(report: Record) -> list[Table]:
     for record in report["records"]:
         title = f"{record['model']}: {report['task']} on {report['device']}{threads}, torch {report['torch']}"
         if title not in tables:
-            tables[title] = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            tables[title] = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False)
             for number, name in enumerate(_COLUMNS):
                 tables[title].add_column(name, justify="right" if number else "left", no_wrap=True)
             group = record["group"]

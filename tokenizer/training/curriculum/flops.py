@@ -9,6 +9,7 @@ rasterising: what is shown is the share of the device that works on the model.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -17,14 +18,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenizer.gaussians.windows import window_plan
+from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import TransformerConfig
-from tokenizer.model.piecewise import PiecewiseLinearCode
 from tokenizer.model.plan import tile_plan
 from tokenizer.model.positions import GRID
 from tokenizer.model.transformer import Transformer
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.model import TrainedModel
-from tokenizer.training.curriculum.tasks import ASSET_RECONSTRUCTION, is_understanding
+from tokenizer.training.curriculum.tasks import ASSET_RECONSTRUCTION, is_understanding, is_video
 
 PASSES = 3
 """A forward and a backward pass, in forward passes."""
@@ -62,8 +63,10 @@ class Work:
         if decoder is not None:
             rest = _weights(decoder) - _weights(decoder.transformer)
             self._reconstruct += _stack_work(decoder.transformer) + PASSES * rest
+        # Linear codes of single frames and of clips differ, and so does what their tokens cost.
+        self._codes = dict.fromkeys((False, True), 0)
         if network.skip is not None:
-            self._reconstruct += _codes_work(network.skip, self.config.latent_channels)
+            self._codes = {clips: _codes_work(network, clips) for clips in self._codes}
         self._pool = PASSES * _weights(pool.key_value)
         # The query of the pool runs once a batch, its output and MLP once an item.
         self._batch = PASSES * _weights(pool.query)
@@ -86,7 +89,7 @@ class Work:
             weights += rows * self._pool + tokens.batch_size * self._item + self._batch
             attention += rows * PASSES * 2 * config.encoder.width
         else:
-            weights += rows * self._reconstruct
+            weights += rows * (self._reconstruct + self._codes[is_video(task)])
             attention += pairs * (_per_pair(config.decoder) if config.decoder is not None else 0)
         if task == ASSET_RECONSTRUCTION and self.gaussians is not None:
             weights += rows * self._gaussians
@@ -119,23 +122,27 @@ def _weights(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
-def _codes_work(skip: PiecewiseLinearCode, latent_channels: int) -> int:
+def _codes_work(network: ATokenNetwork, clips: bool) -> int:
     """Multiply-adds of a token in the linear codes, counted by torch: what two tokens take more than one.
 
     Which codes there are, and how the best is found, is theirs to know; what does not grow with the tokens is small.
     """
-    one, two = (_counted_codes(skip, latent_channels, rows) for rows in (1, 2))
+    one, two = (_counted_codes(network, rows, clips) for rows in (1, 2))
     return (two - one) // 2
 
 
-def _counted_codes(skip: PiecewiseLinearCode, latent_channels: int, rows: int) -> int:
-    like = skip.stills.mean
-    patches = like.new_zeros(rows, skip.clips.mean.shape[1])
-    parameters, latents = (like.new_zeros(rows, n * latent_channels, requires_grad=True) for n in (2, 1))
-    leaves = [latents, *(parameter for parameter in skip.parameters() if parameter.requires_grad)]
+def _counted_codes(network: ATokenNetwork, rows: int, clips: bool) -> int:
+    # A copy, whose gradients nobody sees.
+    skip, config, like = copy.deepcopy(network.skip), network.config, network.encoder.to_posterior.weight
+    assert skip is not None
+    patches = like.new_full((rows, config.patch_features), float(clips))
+    parameters = like.new_zeros(rows, 2 * config.latent_channels, requires_grad=True)
+    features = like.new_zeros(rows, config.encoder.width, requires_grad=True)
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        output = skip.add_to_parameters(parameters, patches).sum() + skip.decode(latents).sum()
-        torch.autograd.grad(output, leaves, allow_unused=True)
+        written = skip.add_to_parameters(parameters, patches, features)
+        latents = written.detach()[:, : config.latent_channels].requires_grad_()
+        outputs = [written, skip.decode(latents), skip.read(latents)]
+        torch.stack([output.sum() for output in outputs if output is not None]).sum().backward()
     return int(counter.get_total_flops())
 
 
