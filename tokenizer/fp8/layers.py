@@ -31,6 +31,7 @@ _EXCEPTIONS = (
     ("encoder.pool*", "pooling head: compared with texts, and little work"),
     ("encoder.to_posterior", "posterior: sampled and decoded, errors would be errors of the latents"),
     ("decoder.to_patches", "output layer: writes pixels"),
+    ("skip.links.*", "links of the codes: changes of latents"),
     ("skip.*", "skip codes: chosen by near ties"),
 )
 """Name in the autoencoder (with *), and why it stays. The first that fits counts."""
