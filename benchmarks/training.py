@@ -87,13 +87,20 @@ def _run(report: Record, options: argparse.Namespace, device: torch.device, cons
                 report["records"] += [{**known, "micro-batches": options.micro_batches, **record} for record in found]
                 # A group that fails later takes nothing of this with it.
                 _write(report, options.out)
-                gc.collect()
+                _forget_models(device)
     for table in _tables(report):
         console.print(table)
     for line in _remarks(report["records"]):
         console.print(line)
     if options.out:
         console.print(f"wrote {options.out}")
+
+
+def _forget_models(device: torch.device) -> None:
+    """Engines hold themselves by their hooks; the next group needs their memory, in one piece."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _check(options: argparse.Namespace, precision: Precision, device: torch.device) -> None:

@@ -33,7 +33,7 @@ run assets python3 -m benchmarks.assets --device cuda --out "$results/assets-$de
 run fp8 python3 -m benchmarks.fp8 --device cuda --out "$results/fp8-$device.json"
 run fp8-compiled python3 -m benchmarks.fp8 --device cuda --compile --backend torchao \
     --out "$results/fp8-compiled-$device.json"
-run training python3 -m benchmarks.training --device cuda --fp8 --out "$results/training-$device.json"
+run training python3 -m benchmarks.training --device cuda --fp8 --micro-batches 2 --out "$results/training-$device.json"
 run evaluation python3 -m benchmarks.evaluation --device cuda --out "$results/evaluation-$device.json"
 if [ -n "$store" ]; then
     run train python3 -m tokenizer.training --config configs/tokenizer/nano.yaml --device cuda \
