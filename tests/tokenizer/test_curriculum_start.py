@@ -49,7 +49,7 @@ def test_the_encoder_says_of_a_picture_what_siglip2_says(tmp_path: Path) -> None
     network = ATokenNetwork(sizes)
     network.reset_parameters(generator())
     before = network.encoder.to_posterior.weight.clone()
-    start_from_siglip2(network.encoder, tmp_path)
+    start_from_siglip2(network.encoder, sizes.patch_size, tmp_path)
     picture = torch.rand(40, 56, 3, generator=generator(1)) * 2 - 1
     tokens, _ = image_to_tokens(picture, sizes.patch_size)
     ours = network.encode(tokens).pooled
@@ -64,9 +64,12 @@ def test_other_vision_towers_are_refused(tmp_path: Path) -> None:
     save_vision(tmp_path / "right")
     wide = ATokenNetwork(replace(small_config(), patch_size=(4, 8, 8), encoder=replace(STACK, mlp_width=64)))
     with pytest.raises(InputError, match="no encoder of this model"):
-        start_from_siglip2(wide.encoder, tmp_path / "right")
+        start_from_siglip2(wide.encoder, (4, 8, 8), tmp_path / "right")
     with pytest.raises(InputError, match="16 positions"):
-        start_from_siglip2(wide.encoder, tmp_path / "small")
+        start_from_siglip2(wide.encoder, (4, 8, 8), tmp_path / "small")
+    large = ATokenNetwork(replace(small_config(), patch_size=(4, 16, 16), encoder=STACK))
+    with pytest.raises(InputError, match="patches of 8x8 pixels, this model of 16x16"):
+        start_from_siglip2(large.encoder, (4, 16, 16), tmp_path / "right")
 
 
 @pytest.mark.parametrize("skip", [None, SkipConfig(still_codes=3, clip_codes=2)])

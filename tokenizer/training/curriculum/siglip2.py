@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenizer.errors import InputError
 from tokenizer.model.encoder import Encoder
 from tokenizer.model.positions import GRID
+from tokenizer.patches import PatchSize
 from tokenizer.text.folder import load_frozen, read_kind
 
 _WHOLE = {
@@ -41,11 +42,12 @@ _BLOCK = {
 
 
 @torch.no_grad()
-def start_from_siglip2(encoder: Encoder, folder: str | Path) -> None:
+def start_from_siglip2(encoder: Encoder, patch_size: PatchSize, folder: str | Path) -> None:
     """Fill an encoder of the same shape.
 
     Args:
         encoder: `to_posterior` keeps its weights.
+        patch_size: of its model.
         folder: a local folder with a SigLIP 2 (NaFlex) checkpoint as transformers saves it; a whole one will do.
 
     Raises:
@@ -59,8 +61,13 @@ def start_from_siglip2(encoder: Encoder, folder: str | Path) -> None:
     own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("to_posterior.")}
     frame = found["transformer.embed.weight"]
     wide = own["transformer.embed.weight"].shape[1]
-    if frame.shape[1] < wide:
-        found["transformer.embed.weight"] = torch.nn.functional.pad(frame, (0, wide - frame.shape[1]))
+    if frame.shape[1] * patch_size[0] != wide:
+        side = round((frame.shape[1] / 3) ** 0.5)
+        raise InputError(
+            f"{folder}: reads patches of {side}x{side} pixels, this model of {patch_size[1]}x{patch_size[2]}; take the "
+            "checkpoint with its patches"
+        )
+    found["transformer.embed.weight"] = torch.nn.functional.pad(frame, (0, wide - frame.shape[1]))
     table = found["transformer.positions.weight"]
     if len(table) != GRID * GRID:
         raise InputError(f"{folder}: has {len(table)} positions; the encoder's table has {GRID} x {GRID}")
