@@ -48,12 +48,12 @@ class _Job:
 def _make(job: _Job) -> Iterator[Record | Skipped]:
     rng = np.random.default_rng([job.seed, 1, job.number])
     try:
-        ground = _opened(job.path).convert("RGB")
+        ground = _reduced(_opened(job.path).convert("RGB"))
         cutouts = [_opened(path).convert("RGBA") for path in job.cutouts]
     except (OSError, InputError) as error:
         yield Skipped(short_name(job.path), str(error))
         return
-    frames = camera_clip(_reduced(ground), cutouts, rng, still=0.5 if cutouts else 0.1)
+    frames = camera_clip(ground, cutouts, rng, still=0.5 if cutouts else 0.1)
     packages = [job.package, *([STAMPS] if cutouts else [])]
     facts = {
         "pictures": [short_name(path) for path in (job.path, *job.cutouts)],

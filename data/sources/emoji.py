@@ -141,7 +141,9 @@ def _make(job: _Job) -> Iterator[Record | Skipped]:
             yield Skipped(emoji.file, "not in the package")
             continue
         facts = {"label": emoji.category, "code": emoji.code, "licence": EMOJI.licence, "source": job.source}
-        yield record(Path(emoji.file).stem, {"png": picture}, emoji.caption, **facts)
+        # The category besides, as the captions of furniture have it: what texts are near to is what they say.
+        caption = f"{emoji.caption}, {emoji.category.lower()}"
+        yield record(Path(emoji.file).stem, {"png": picture}, caption, **facts)
 
 
 def _plan(options: Options) -> Plan:
@@ -172,7 +174,7 @@ SET = OpenSet(
     licence=EMOJI.licence,
     citation="Noto Emoji by Google (Apache-2.0), in emoji-datasource-google by Cal Henderson (MIT)",
     packages=(EMOJI,),
-    captions="captions: the emoji's name and skin tone; labels: 10 categories",
+    captions="captions: the emoji's name, skin tone and category; labels: 10 categories",
     split="one family of variants in ten, by a hash of its code points, is for evaluation",
     plan=_plan,
     takes_source="the .tgz of `npm pack emoji-datasource-google@16.0.0` or its unpacked folder",

@@ -271,6 +271,27 @@ class TestAssets:
         assert evaluated is not None
         assert [known.index(picture.tobytes()) for picture in evaluated.pictures.numpy()] == [5, 6, 0]
 
+    def test_some_voxels_are_kept_in_training(self) -> None:
+        made = decoder(Task.ASSET_UNDERSTANDING, replace(SMALL, max_voxels=9, require_caption=False))
+        features, coordinates, _, _ = asset_parts()
+        known = {tuple(place): row for place, row in zip(coordinates.tolist(), features, strict=True)}
+        drawn = set()
+        for epoch in range(8):
+            item = made(raw_asset(), epoch)
+            assert item.features is not None
+            assert item.coordinates is not None
+            places = [tuple(place) for place in item.coordinates.tolist()]
+            assert item.tokens == len(item.features) == len(places) == 9
+            assert places == [place for place in known if place in set(places)]  # in their order
+            for place, row in zip(places, item.features, strict=True):
+                assert torch.equal(row.float() / 255, known[place])
+            drawn.add(tuple(places))
+        assert len(drawn) > 1
+        evaluation = replace(EVALUATION, max_voxels=9, require_caption=False)
+        assert decoder(Task.ASSET_UNDERSTANDING, evaluation)(raw_asset(), 0).tokens == len(features)
+        with pytest.raises(InputError, match="max_voxels must be at least 1"):
+            replace(SMALL, max_voxels=0)
+
     @pytest.mark.parametrize("extension", ["voxels.safetensors", "views.webp", "json"])
     @given(place=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=6))
     @settings(max_examples=30, deadline=None)

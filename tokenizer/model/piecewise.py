@@ -162,7 +162,7 @@ class PiecewiseLinearCode(nn.Module):
                 self._padded(self._reconstruct(self.stills, chosen[still, :stills], slots[still, :stills])),
                 self._reconstruct(self.clips, chosen[clip, stills:], slots[clip, stills:]),
             ]
-            return torch.cat(parts)[torch.argsort(torch.cat(rows))]
+            return _in_order(parts, rows)
         return self._reconstruct(self.clips, chosen[:, stills:], slots[:, stills:]) + self._padded(
             self._reconstruct(self.stills, chosen[:, :stills], slots[:, :stills])
         )
@@ -194,8 +194,7 @@ class PiecewiseLinearCode(nn.Module):
                 self._code(self.stills, patches[rows[0], :frame]),
                 self._code(self.clips, patches[rows[1]]),
             )
-            order = torch.argsort(torch.cat(rows))
-            return torch.cat([code, clip_code])[order], torch.cat([number, clip_number + first_clip])[order]
+            return _in_order([code, clip_code], rows), _in_order([number, clip_number + first_clip], rows)
         still_code, still_number = self._code(self.stills, patches[:, :frame])
         clip_code, clip_number = self._code(self.clips, patches)
         number = torch.where(still, still_number, clip_number + first_clip)
@@ -243,3 +242,10 @@ def _apart(still: Tensor) -> tuple[Tensor, Tensor] | None:
     if still.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     return still.nonzero()[:, 0], (~still).nonzero()[:, 0]
+
+
+def _in_order(parts: list[Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
+    """Rows of two parts where they belong; a batch of one sort is in order already."""
+    if not (len(rows[0]) and len(rows[1])):
+        return parts[0] if len(rows[0]) else parts[1]
+    return torch.cat(parts).index_select(0, torch.argsort(torch.cat(rows)))
