@@ -14,12 +14,14 @@ SENTENCES = (
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def save_siglip2(folder: Path, *, vocabulary: int = 64) -> Any:
+def save_siglip2(
+    folder: Path, *, vocabulary: int = 64, positions: int = 16, patch: int = 8, projection: int = 24
+) -> Any:
     """Save a checkpoint with both towers, and return the model; the tokenizer is left to the caller."""
     import transformers
 
-    vision = {**TEXT, "num_patches": 16, "patch_size": 8}
-    text = {**TEXT, "vocab_size": vocabulary, "projection_size": 24}
+    vision = {**TEXT, "num_patches": positions, "patch_size": patch}
+    text = {**TEXT, "vocab_size": vocabulary, "projection_size": projection}
     torch.manual_seed(0)  # transformers draws weights from the global generator alone
     model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
     model.requires_grad_(False)

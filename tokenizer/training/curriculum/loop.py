@@ -256,6 +256,7 @@ class Loop:
                 "loaders": loaders,
             }
             best = int(progress.best["step"]) if progress.best else None
+            self.records.flush()
             self.checkpoints.save(progress.step, {**tensors, "rng": chance}, loop, best)
         self.processes.wait()
         self._saved = self.progress.step

@@ -51,7 +51,9 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SPEED):
             forget_log_after(self.folder / name, step)
-        if has_tensorboard():
+        if not has_tensorboard():
+            self.say("tensorboard is not installed (pip install -e '.[train]'): curves go to the JSONL files alone")
+        else:
             from torch.utils.tensorboard import SummaryWriter
 
             writer: Any = SummaryWriter
@@ -68,6 +70,11 @@ class Records:
         self._bar.stop()
         if self._board is not None:
             self._board.close()
+
+    def flush(self) -> None:
+        """Have on disk what was written, before a checkpoint says that these steps will not come again."""
+        if self._board is not None:
+            self._board.flush()
 
     def say(self, line: str) -> None:
         """Show a line above the bar."""
