@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tokenizer.assets.pipeline import AssetSource
     from tokenizer.assets.rules import PackingRule
     from tokenizer.gaussians import GaussianDecoder, Gaussians
+    from tokenizer.text.alignment import TextAlignment
 
 Pixels = NDArray[np.uint8]
 ImageSource = str | PathLike[str] | Image.Image | Pixels | Tensor
@@ -78,6 +79,9 @@ class AToken(ATokenNetwork):
     """What turns decoded voxels into Gaussians. A model of its own, so it is no submodule: it is neither part of the
     latent space, nor of a released checkpoint."""
 
+    text_alignment: TextAlignment | None = None
+    """What compares pooled vectors with texts, for models that were trained with a text tower; no submodule either."""
+
     _weights: tuple[int, str] | None = None
 
     # ------------------------------------------------------------------ files
@@ -105,9 +109,13 @@ class AToken(ATokenNetwork):
 
         named = source if isinstance(source, str) else Path(source)
         model = load_network(cls, named, config=config, dtype=dtype, device=device)
-        decoder = find_model(named) / "gaussians"
-        if decoder.is_dir():
-            model.load_gaussian_decoder(decoder, dtype=dtype)
+        folder = find_model(named)
+        if (folder / "gaussians").is_dir():
+            model.load_gaussian_decoder(folder / "gaussians", dtype=dtype)
+        if (folder / "text_alignment").is_dir():
+            from tokenizer.text.alignment import load_text_alignment
+
+            object.__setattr__(model, "text_alignment", load_text_alignment(folder, device))
         return model
 
     @classmethod
@@ -125,8 +133,8 @@ class AToken(ATokenNetwork):
         return released_network(cls, config, state_dict, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, both or neither, and then the Gaussian decoder,
-        if there is one, into `gaussians` below it."""
+        """Write `config.json` and `model.safetensors` into `folder`, both or neither, and then what there is besides:
+        the Gaussian decoder into `gaussians` below it, and what compares with texts into `text_alignment`."""
         from tokenizer.checkpoints import save_network
 
         save_network(self, Path(folder), dtype)
@@ -134,6 +142,10 @@ class AToken(ATokenNetwork):
             from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
 
             save_gaussian_decoder(self.gaussian_decoder, Path(folder) / SUBFOLDER, dtype)
+        if self.text_alignment is not None:
+            from tokenizer.text.alignment import save_text_alignment
+
+            save_text_alignment(self.text_alignment, folder)
 
     def load_gaussian_decoder(self, source: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Load what turns decoded voxels into Gaussians, from a folder or a released file.

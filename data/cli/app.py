@@ -154,7 +154,7 @@ def build(
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only this many samples of each split.", min=1)] = None,
     max_side: Annotated[
-        int | None, typer.Option(help="Reduce larger pictures to this side (photographs only).", min=64)
+        int | None, typer.Option(help="Reduce larger pictures to this side (photographs, clips).", min=64)
     ] = None,
     workers: Processes = None,
     as_json: Json = False,

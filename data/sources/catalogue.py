@@ -95,7 +95,8 @@ def build(
         limit: only this many files, models, films or games of each split.
         source_path: where to take the files from instead of the installed package (emoji, furniture).
         resolution: voxels along an edge of an asset.
-        max_side: pictures with a longer side are reduced to it (photographs); None keeps them as found.
+        max_side: pictures with a longer side are reduced to it (photographs, clips for training); None keeps all as
+            found.
         console: where to show progress.
 
     Returns:

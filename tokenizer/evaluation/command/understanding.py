@@ -1,7 +1,7 @@
 """What a model's vectors know of words: zero-shot classification and retrieval (PAPER 6).
 
 A model understands if its pooled vectors lie in the space of a text tower. Released weights share that of SigLIP 2,
-whose text tower is given as a folder; other models bring an attribute `text_alignment`.
+whose text tower is given as a folder; other models bring what they were trained with (`AToken.text_alignment`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from tokenizer.evaluation.bootstrap import bootstrap_mean
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.samples import Sample
 from tokenizer.evaluation.command.systems import ATokenSystem
+from tokenizer.text.alignment import TextAlignment as TrainedAlignment
 from tokenizer.text.protocol import TextTower
 from tokenizer.text.zero_shot import ASSET_PROMPTS, IMAGE_PROMPTS, VIDEO_PROMPTS, class_vectors, classify, retrieve
 
@@ -33,7 +34,7 @@ RECALLS: Final = (1, 5, 10)
 
 
 class TextAlignment(Protocol):
-    """What makes the vectors of a model and of a text tower comparable. Models carry it as `text_alignment`."""
+    """What makes the vectors of a model and of a text tower comparable."""
 
     @property
     def tower(self) -> TextTower: ...
@@ -54,6 +55,21 @@ class SharedSpace:
         return F.normalize(pooled.float(), dim=1)
 
 
+class OwnSpace:
+    """The alignment that a model was trained with, and its text tower.
+
+    Args:
+        text: folder of the tower's weights, if they are not where they were in training.
+
+    Raises:
+        InputError: the tower is not there, or another.
+    """
+
+    def __init__(self, alignment: TrainedAlignment, text: Path | None) -> None:
+        self.tower = alignment.tower(text)
+        self.encode_pooled = alignment.encode_pooled
+
+
 def find_alignment(model: AToken, name: str, text: Path | None) -> tuple[TextAlignment | None, str | None]:
     """The alignment of a model, or why it has none, in one line.
 
@@ -63,9 +79,8 @@ def find_alignment(model: AToken, name: str, text: Path | None) -> tuple[TextAli
     Raises:
         InputError: `text` cannot be read.
     """
-    own = getattr(model, "text_alignment", None)
-    if own is not None:
-        return cast(TextAlignment, own), None
+    if model.text_alignment is not None:
+        return OwnSpace(model.text_alignment, text), None
     width = model.config.encoder.width
     if text is None:
         return None, f"{name} has no text alignment: no zero-shot accuracy and no retrieval (--text names a text tower)"

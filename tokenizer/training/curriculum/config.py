@@ -37,19 +37,23 @@ class StartConfig:
     source: folder: of the SigLIP 2 checkpoint; of the run, or of a model, or the name of a bundled one.
     gaussians: folder of a run or model whose decoder of 3D Gaussians is taken instead; see
         `tokenizer.training.gaussian_trainer`, which trains one apart from a fit to what is seen.
-    patches, iterations: of "codes", and where linear codes grow with the latents: how many of each sort, and rounds of
-        fitting.
+    refit: fit the linear codes of a "model" anew, because its latents grew or the data are others; its transformers
+        stay as they are (`tokenizer.training.curriculum.stages`).
+    patches, iterations: of codes that are fitted, how many of each sort, and rounds of fitting.
     """
 
     kind: Literal["scratch", "siglip2", "model", "codes"] = "scratch"
     source: str | None = None
     gaussians: str | None = None
+    refit: bool = False
     patches: int = 48_000
     iterations: int = 12
 
     def __post_init__(self) -> None:
         if (self.source is not None) != (self.kind in ("siglip2", "model")):
             raise InputError(f"start.source belongs to the kinds siglip2 and model; kind is {self.kind}")
+        if self.refit and self.kind != "model":
+            raise InputError(f"start.refit belongs to the kind model; kind is {self.kind}")
         if self.patches < 16 or self.iterations < 1:
             raise InputError("start.patches must be at least 16 and start.iterations at least 1")
 

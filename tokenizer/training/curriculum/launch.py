@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
 from tokenizer.losses.networks import ImageNetwork, SiglipVision
 from tokenizer.text.alignment import open_tower
 from tokenizer.text.protocol import TextTower
-from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints
+from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints, newest_good
 from tokenizer.training.curriculum.config import RunConfig, network_config
 from tokenizer.training.curriculum.engine import Engine
 from tokenizer.training.curriculum.flops import Work, measured_peak
 from tokenizer.training.curriculum.loop import Loop
+from tokenizer.training.curriculum.meeting import one_voice, process_group
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.objective import Objective, make_objective
 from tokenizer.training.curriculum.preparation import Preparer
@@ -51,10 +50,11 @@ def launch(path: Path, overrides: Sequence[str] = (), device: str = "auto") -> i
     Raises:
         InputError: anything wrong with settings, data or weights.
     """
-    config = load_config(RunConfig, path, overrides)
-    chosen = choose_device(device)
-    with _together(chosen):
-        return train(config, chosen)
+    with one_voice() as meeting:
+        config = load_config(RunConfig, path, overrides)
+        chosen = choose_device(device)
+        with process_group(meeting, chosen):
+            return train(config, chosen)
 
 
 MakeEngine = Callable[[TrainedModel, Objective, RunConfig, Processes, torch.device], Engine]
@@ -90,7 +90,9 @@ def train(
         tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
         teacher = _teacher(config, tower, device)
         objective = make_objective(config, device)
-        model = starting_model(config, tower, lambda: _more_batches(config))
+        # A run that goes on has its linear codes in its checkpoint: fitting them takes minutes.
+        goes_on = newest_good(folder / CHECKPOINTS) is not None
+        model = starting_model(config, tower, None if goes_on else lambda: _more_batches(config))
         # Counted before FSDP2 replaces the parameters by shares of them.
         work = Work(model)
         patch_size = network_config(config).patch_size
@@ -180,16 +182,3 @@ def choose_device(name: str) -> torch.device:
             raise InputError(f"{torch.cuda.device_count()} GPUs here for more processes; start one for each")
         torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def _together(device: torch.device) -> Iterator[None]:
-    """Meet the other processes that torchrun started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

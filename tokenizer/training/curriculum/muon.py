@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.errors import InputError
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _AS_ADAMW = 0.2
@@ -39,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on all parameters that have a gradient."""
         if closure is not None:
-            raise NotImplementedError("Muon takes gradients as they are; call backward before step")
+            raise InputError("Muon takes gradients as they are: call backward before step, and step without a closure")
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:

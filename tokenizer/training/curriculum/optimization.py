@@ -18,11 +18,16 @@ GROUPS = ("encoder", "codes", "rest")
 """Groups of learning rates, as logs name them."""
 
 
-def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, settings: OptimizerSettings, *, shared: bool = False
+) -> list[torch.optim.Optimizer]:
     """AdamW over a `TrainedModel` (PAPER 4): the encoder at its own rate, matrices alone decayed.
 
     With `muon_lr`, Muon trains the matrices inside transformer blocks. Each group has a "name" and a "factor" of the
     learning rate; `set_rates` reads them.
+
+    Args:
+        shared: parameters are shared out (FSDP2), which the fused kernel does not take on every device.
     """
     groups: dict[tuple[str, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -43,7 +48,9 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch
             "factor": _factor(rate, sort, settings),
         }
         (muon if sort == "muon" else adamw).append(group)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas, fused=not shared)
+    ]
     if muon and settings.muon_lr is not None:
         optimizers.append(Muon(muon, lr=settings.muon_lr))
     return optimizers

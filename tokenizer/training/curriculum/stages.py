@@ -15,7 +15,7 @@ from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig, FSQConfig
 from tokenizer.model.piecewise import PiecewiseLinearCode
 from tokenizer.training.initialise import link_codes, set_codes, write_in_digits
-from tokenizer.training.linear_codes import fit_codes, principal_components
+from tokenizer.training.linear_codes import fit_codes
 
 
 @torch.no_grad()
@@ -66,50 +66,30 @@ def _grow_codes(state: dict[str, Tensor], skip: PiecewiseLinearCode, new: int) -
 
 
 @torch.no_grad()
-def grow_codes(
-    network: ATokenNetwork, stills: Tensor, clips: Tensor, old: int, iterations: int, generator: torch.Generator
+def refit_codes(
+    network: ATokenNetwork, stills: Tensor, clips: Tensor, iterations: int, generator: torch.Generator
 ) -> None:
-    """Let linear codes use the channels that `grown` added: each goes on with what its old coefficients leave.
+    """Fit the linear codes of a network anew, with all channels that it has now.
 
-    Codes of stills get the next principal components of the patches that belong to them, so that the old channels
-    decode to what they did. Codes of clips are fitted anew: the stage with fewer channels has pictures alone, for which
-    moving pictures stood in.
+    Codes of 48 channels fit better than codes of 32 with 16 more behind, and the stage before has seen no clips. The
+    transformers lose nothing: linked with codes, they read and write patches, whatever the codes are. What the encoder
+    said in coefficients means nothing any more and starts again from zero.
 
     Args:
-        network: changed in place; continuous, with linear codes.
+        network: changed in place; continuous, with codes that are linked.
         stills: [places, n, P / Pt] first frames, clips: [places, n, P] patches, values in [-1, 1].
-        old: channels of the latents before they grew.
         iterations: of fitting, see `fit_codes`.
+
+    Raises:
+        InputError: codes that are not linked, or none.
     """
     skip = network.skip
-    assert skip is not None
-    new = network.config.latent_channels - old
-    patches = stills.flatten(0, 1)
-    coefficients, number = skip.stills(patches)
-    decoded = torch.einsum("nc,ncf->nf", coefficients, skip.stills.decoder[number]) + skip.stills.mean[number]
-    left = patches - decoded
-    for code in range(len(skip.stills.mean)):
-        mine = left[number == code]
-        if len(mine) < 3 * new:
-            continue  # too little is known of a code that is hardly used: it keeps what it had
-        components = principal_components(mine, new)
-        spread = (mine @ components).square().mean(dim=0).sqrt().clamp_min(1e-3)
-        skip.stills.decoder[code, -new:] = (components * spread).T
-        read = (components / spread).T
-        # Read from what the old coefficients leave, so that these stay what they were.
-        overlap = read @ skip.stills.decoder[code, :-new].T
-        skip.stills.encoder[code, -new:] = read - overlap @ skip.stills.encoder[code, :-new]
-    set_codes(skip.clips, fit_codes(clips, len(skip.clips.mean), skip.clips.encoder.shape[1], iterations, generator))
-    # What the encoder would say at random in the new channels is noise to codes that mean something by them.
-    mean = network.encoder.to_posterior.weight[: old + new]
-    mean[old:] = 0
-    if skip.links is not None:
-        links, count = skip.links, len(skip.stills.mean)
-        reads, biases, writes = links.reads.clone(), links.biases.clone(), links.writes.clone()
-        link_codes(network)
-        # Old channels of stills are read as they were.
-        links.reads[:count, :-new], links.writes[:count, :-new] = reads[:count, :-new], writes[:count, :-new]
-        links.biases[:count] = biases[:count]
+    if skip is None or skip.links is None:
+        raise InputError(f"{network.config.name} has no linked codes to fit anew; leave start.refit out")
+    for codes, patches in ((skip.stills, stills), (skip.clips, clips)):
+        set_codes(codes, fit_codes(patches, len(codes.mean), codes.encoder.shape[1], iterations, generator))
+    network.encoder.to_posterior.weight[: network.config.latent_channels] = 0
+    link_codes(network)
 
 
 def _more(tensor: Tensor, count: int, dim: int) -> Tensor:

@@ -25,7 +25,7 @@ from tokenizer.training.curriculum.codes import sample_patches
 from tokenizer.training.curriculum.config import RunConfig, TextConfig, network_config
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.siglip2 import start_from_siglip2
-from tokenizer.training.curriculum.stages import grow_codes, grown, quantised
+from tokenizer.training.curriculum.stages import grown, quantised, refit_codes
 from tokenizer.training.feeding import StepBatch
 from tokenizer.training.initialise import start_from_linear_codes
 
@@ -45,13 +45,13 @@ class Previous:
     gaussians: GaussianDecoder | None
 
 
-def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches) -> TrainedModel:
+def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches | None) -> TrainedModel:
     """The model of a run before its first step, float32 on the CPU; the same in every process.
 
     Args:
         config: the run.
         tower: its text tower.
-        batches: for linear codes that are fitted, or grow.
+        batches: for linear codes that are fitted; None leaves them as they are, for weights that come later.
 
     Raises:
         InputError: weights that are missing, damaged or of another model.
@@ -62,15 +62,14 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches)
     if config.start.kind == "model":
         previous = load_previous(str(config.start.source))
         network = _adapted(previous.network, sizes, str(config.start.source), generator)
-        old = previous.network.config.latent_channels
-        if network.skip is not None and sizes.latent_channels > old:
-            grow_codes(network, *_patches(config, sizes, batches), old, config.start.iterations, generator)
+        if config.start.refit and batches is not None:
+            refit_codes(network, *_patches(config, sizes, batches), config.start.iterations, generator)
     else:
         network = ATokenNetwork(sizes)
         network.reset_parameters(generator)
     if config.start.kind == "siglip2":
         start_from_siglip2(network.encoder, sizes.patch_size, str(config.start.source))
-    if config.start.kind == "codes":
+    if config.start.kind == "codes" and batches is not None:
         stills, clips = _patches(config, sizes, batches)
         start_from_linear_codes(network, stills, clips, config.start.iterations, generator)
     alignment = _alignment(config, tower, sizes.encoder.width, previous, generator)

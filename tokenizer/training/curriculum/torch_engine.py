@@ -83,7 +83,7 @@ class TorchEngine:
         self.conversion = convert(self.model, config.fp8, device) if config.fp8 is not None else None
         if layout == "fsdp2":
             _share_out(self.model, device)
-        self.optimizers = make_optimizers(self.model, config.optimizer)
+        self.optimizers = make_optimizers(self.model, config.optimizer, shared=layout == "fsdp2")
         self._owner = {
             parameter: number
             for number, optimizer in enumerate(self.optimizers)
