@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import tokenizer
 from benchmarks.machine import describe, seconds_in_turns
 from tokenizer.atomic import atomic_path
+from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.fp8 import FP8Config, convert
 from tokenizer.fp8.choose import choose_backend
@@ -250,6 +251,8 @@ def main(arguments: list[str]) -> int:
     try:
         if device.type == "cpu":
             console.print("no CUDA here: FP8 is emulated, which says how exact it is and nothing of its speed")
+            if options.train:  # whose sizes may change after a measurement
+                report["trained"] = config_to_dict(CONFIGS["nano"])
             report["accuracy"] = accuracy_records(options.train, options.crops, options.side)
         else:
             _measure_speed(report, options, device)
