@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from tokenizer.cli.outcome import run
 from tokenizer.config import load_config, parse_config
@@ -30,12 +28,10 @@ from tokenizer.megatron.engine import load_megatron
 from tokenizer.training.curriculum.config import RunConfig, network_config
 from tokenizer.training.curriculum.engine import Engine
 from tokenizer.training.curriculum.launch import choose_device, train
+from tokenizer.training.curriculum.meeting import one_voice, process_group
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.objective import Objective
 from tokenizer.training.curriculum.processes import Processes
-
-PATIENCE = timedelta(minutes=30)
-"""How long processes wait for each other: the first of them writes and checks checkpoints alone."""
 
 
 def read_settings(path: Path, overrides: Sequence[str], world: int) -> tuple[RunConfig, ParallelConfig]:
@@ -75,8 +71,8 @@ def layout_of(config: RunConfig, where: str) -> ParallelConfig:
     return parallel
 
 
-def launch(config: RunConfig, parallel: ParallelConfig, device: str = "auto") -> int:
-    """Train, in this process and all others that torchrun has started.
+def launch(path: Path, overrides: Sequence[str] = (), device: str = "auto") -> int:
+    """Train as a YAML file and `key=value` say, in this process and all others that torchrun has started.
 
     Args:
         device: "cpu", "cuda" or "auto", which takes CUDA where there is one.
@@ -87,10 +83,12 @@ def launch(config: RunConfig, parallel: ParallelConfig, device: str = "auto") ->
     Raises:
         InputError: anything wrong with settings, data, weights or installed packages.
     """
-    chosen = choose_device(device)
-    load_megatron(parallel.transformer_impl == "transformer_engine")
-    with _together(chosen), on_cpu() if chosen.type == "cpu" else nullcontext():
-        return train_together(config, parallel, chosen)
+    with one_voice() as meeting:
+        config, parallel = read_settings(path, overrides, meeting.world if meeting is not None else 1)
+        chosen = choose_device(device)
+        load_megatron(parallel.transformer_impl == "transformer_engine")
+        with process_group(meeting, chosen, also_alone=True), on_cpu() if chosen.type == "cpu" else nullcontext():
+            return train_together(config, parallel, chosen)
 
 
 def train_together(config: RunConfig, parallel: ParallelConfig, device: torch.device) -> int:
@@ -107,20 +105,6 @@ def train_together(config: RunConfig, parallel: ParallelConfig, device: torch.de
     return train(config, device, Copies(device), make)
 
 
-@contextmanager
-def _together(device: torch.device) -> Iterator[None]:
-    """Meet the other processes; Megatron wants a group of a process that is alone, too."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def main(arguments: list[str]) -> int:
     """Command line of this module; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tokenizer.megatron.pretrain", description=__doc__)
@@ -131,17 +115,7 @@ def main(arguments: list[str]) -> int:
     # Megatron's order of communication and computation relies on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    def command() -> int:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        try:
-            config, parallel = read_settings(options.config, options.overrides, world)
-        except InputError:
-            if os.environ.get("RANK", "0") != "0":
-                return 1  # every process has found the same, and the first one says it
-            raise
-        return launch(config, parallel, options.device)
-
-    return run(command)
+    return run(lambda: launch(options.config, options.overrides, options.device))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """SIGTERM (a cluster takes its machine back) and SIGINT (Ctrl-C): the step ends, a checkpoint is written, that is it.
 
 The exit status is 128 + the signal's number, 143 or 130, as shells count it: the run has lost nothing, but is not done,
-and a scheduler that starts unfinished jobs again sees that. A second signal of the same sort ends the process at once.
+and a scheduler that starts unfinished jobs again sees that. Another signal of the same sort ends the process at once,
+but for one that comes right behind the first: torchrun hands on to its processes a signal that Ctrl-C in a terminal, or
+Slurm, has sent to them too.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ECHO = 3.0
+"""Seconds in which a signal of the same sort is the first one handed on."""
 
 
 class Interruption:
@@ -20,6 +26,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._heard: dict[int, float] = {}
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> Interruption:
@@ -36,7 +43,9 @@ class Interruption:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = number
-        signal.signal(number, self._before.get(number, signal.SIG_DFL))
+        if time.monotonic() - self._heard.setdefault(number, time.monotonic()) > ECHO:
+            signal.signal(number, self._before.get(number, signal.SIG_DFL))
+            signal.raise_signal(number)
 
 
 def exit_status(number: int) -> int:
