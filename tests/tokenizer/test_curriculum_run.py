@@ -20,6 +20,8 @@ from tests.tokenizer.curriculum_data import ROOT, StubTower, lines, make_sets, p
 from tokenizer.api import AToken
 from tokenizer.cli import main
 from tokenizer.errors import InputError
+from tokenizer.evaluation.command.understanding import find_alignment
+from tokenizer.text import alignment
 from tokenizer.text.alignment import load_text_alignment
 from tokenizer.training.curriculum import launch, records
 from tokenizer.training.curriculum.checkpoint import newest_good
@@ -34,7 +36,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the seconds that real text towers and TensorBoard take to import."""
-    monkeypatch.setattr(launch, "open_tower", lambda *_: StubTower())
+    for module in (launch, alignment):
+        monkeypatch.setattr(module, "open_tower", lambda *_: StubTower())
     monkeypatch.setattr(records, "has_tensorboard", lambda: False)
 
 
@@ -82,7 +85,19 @@ def test_four_stages_follow_each_other(here: Path) -> None:
     model = AToken.from_pretrained(last / "model")
     assert model.quantizer is not None
     assert model.gaussian_decoder is not None
-    assert load_text_alignment(last / "model").config.text_width == StubTower.width
+    aligned = load_text_alignment(last / "model")
+    assert aligned.config.text_width == StubTower.width
+    # What understands is part of the model that people load, measure and save.
+    model.save_pretrained(last / "copy")
+    copied = AToken.from_pretrained(last / "copy").text_alignment
+    assert copied is not None
+    found, reason = find_alignment(model, "smoke", None)
+    assert reason is None
+    assert found is not None
+    assert isinstance(found.tower, StubTower)
+    pooled = torch.randn(3, aligned.config.width)
+    for own in (copied, found):
+        assert torch.equal(own.encode_pooled(pooled), aligned.encode_pooled(pooled))
 
 
 def test_a_killed_run_goes_on_bit_for_bit(sets: Path, tmp_path: Path) -> None:
