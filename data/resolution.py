@@ -1,6 +1,6 @@
 """The size at which a training step sees a picture or clip: drawn anew each epoch, at its own aspect ratio.
 
-Two rules share the bounds (sides in pixels, PAPER 3: "64->512"):
+Three rules share the bounds (sides in pixels, PAPER 3: "64->512"):
 
     released    the random branch of FORMAT 3: a factor for each side, uniform from what brings that side to the minimum
                 up to 1; the smaller one if both sides stay above the minimum with it, else the larger one. What exceeds
@@ -8,6 +8,8 @@ Two rules share the bounds (sides in pixels, PAPER 3: "64->512"):
     whole       one factor, uniform from what brings the shorter side to the minimum up to what brings the longer side
                 to the maximum (at most 1). The whole picture is seen, as captions need it, but for strips longer than
                 maximum / minimum, whose ends are cropped.
+    native      as found, larger only where a side lies below the minimum. What exceeds the maximum is cropped away:
+                detail is that of the source, for sets that were stored at the scale that matters.
 
 The sizes are free after resizing and whole patches after cropping. Draws are a function of seed, epoch and sample
 alone: no generator, no state, the same on any number of workers and after any resume. They need the size of a picture,
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tokenizer.errors import InputError
 from tokenizer.patches import PATCH_SIZE, PatchSize
@@ -27,7 +29,7 @@ from tokenizer.patches import PATCH_SIZE, PatchSize
 Size = tuple[int, int]
 """Rows and columns in pixels."""
 
-Rule = Literal["released", "whole"]
+Rule = Literal["released", "whole", "native"]
 
 IMAGE_SIDES: Mapping[int, Size] = {1: (64, 512), 2: (64, 1024), 3: (64, 2048), 4: (64, 2048)}
 """Smallest and largest side of images by stage of the curriculum (PAPER 3, Table 2)."""
@@ -75,8 +77,8 @@ class ResolutionSampler:
             raise InputError(
                 f"sides must satisfy {patch} (a patch) <= min_side <= max_side, got {self.min_side} and {self.max_side}"
             )
-        if self.rule not in ("released", "whole"):
-            raise InputError(f"rule must be 'released' or 'whole', got '{self.rule}'")
+        if self.rule not in get_args(Rule):
+            raise InputError(f"rule must be one of {', '.join(get_args(Rule))}, got '{self.rule}'")
         if not self.max_upscale >= 1:
             raise InputError(f"max_upscale must be at least 1, got {self.max_upscale}")
 
@@ -102,13 +104,18 @@ class ResolutionSampler:
                 f"{self.min_side}; the limit is {self.max_upscale:g}: leave it out, or change min_side or max_upscale"
             )
         first, second, down, across = draws("resolution", seed, epoch, sample, 4)
-        resized = self._released(size, first, second) if self.rule == "released" else self._whole(size, first)
+        resized = self._resized(size, first, second)
         target = self._cut(resized)
         spare = (resized[0] - target[0], resized[1] - target[1])
         corner = (spare[0] // 2, spare[1] // 2)
         if self.random_crop:
             corner = (int(down * (spare[0] + 1)), int(across * (spare[1] + 1)))
         return View(resized=resized, corner=corner, size=target)
+
+    def _resized(self, size: Size, first: float, second: float) -> Size:
+        if self.rule == "native":
+            return self._scaled(size, max(1.0, self.min_side / min(size)))
+        return self._released(size, first, second) if self.rule == "released" else self._whole(size, first)
 
     def _released(self, size: Size, first: float, second: float) -> Size:
         lows = [self.min_side / side for side in size]

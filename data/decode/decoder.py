@@ -89,8 +89,6 @@ class DecodeSettings:
     patch_size: PatchSize = PATCH_SIZE
 
     def __post_init__(self) -> None:
-        if self.rule not in ("auto", "released", "whole"):
-            raise InputError(f"rule must be 'auto', 'released' or 'whole', got '{self.rule}'")
         steps = self.patch_size[0]
         counts = {"frames": self.frames[0], "the longest run of frames": self.frames[1], "max_frames": self.max_frames}
         for name, count in counts.items():
@@ -104,7 +102,7 @@ class DecodeSettings:
             raise InputError(f"fps must be above 0 and views at least 0, got {self.fps} and {self.views}")
         if self.max_voxels is not None and self.max_voxels < 1:
             raise InputError(f"max_voxels must be at least 1, or left out, got {self.max_voxels}")
-        _sampler(self, "whole")  # which checks sides, max_upscale and patch size
+        _sampler(self, "whole" if self.rule == "auto" else self.rule)  # which checks sides, rule and patch size
 
 
 class Decoder:

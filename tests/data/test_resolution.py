@@ -16,7 +16,7 @@ SIDE = st.integers(1, 5000)
 
 # Of draws("resolution", 0, 0, "a", 4); other numbers would change what a resumed run sees.
 RECORDED = [0.9362351339868009, 0.5825570809247657, 0.24218322800766, 0.32229320688518426]
-RULES: tuple[Rule, ...] = ("released", "whole")
+RULES: tuple[Rule, ...] = ("released", "whole", "native")
 
 
 def views(sampler: ResolutionSampler, size: tuple[int, int], count: int = 200) -> list[View]:
@@ -69,6 +69,15 @@ def test_whole_factors_are_uniform_between_the_bounds() -> None:
     assert statistics.mean(sides) == pytest.approx((85 + 512) / 2, abs=35)  # 427 / sqrt(12 * 200) = 8.7
 
 
+def test_native_views_are_as_found_and_differ_in_place_alone() -> None:
+    sampler = ResolutionSampler(min_side=64, max_side=128, rule="native")
+    found = views(sampler, (200, 300))
+    assert {view.resized for view in found} == {(200, 300)}
+    assert {view.size for view in found} == {(128, 128)}
+    assert len({view.corner for view in found}) > 150
+    assert {view.resized for view in views(sampler, (40, 100))} == {(64, 160)}  # a side below the minimum
+
+
 def test_draws_depend_on_every_argument_and_nothing_else() -> None:
     base = draws("resolution", 0, 0, "a", 4)
     assert base == draws("resolution", 0, 0, "a", 4)
@@ -112,7 +121,7 @@ def test_tokens_of_a_size(size: tuple[int, int], frames: int, count: int) -> Non
     [
         ({"min_side": 8}, "a patch"),
         ({"min_side": 600}, "min_side <= max_side"),
-        ({"rule": "free"}, "'released' or 'whole'"),
+        ({"rule": "free"}, "one of released, whole, native"),
         ({"max_upscale": 0.5}, "at least 1"),
         ({"max_upscale": float("nan")}, "at least 1"),
     ],
