@@ -1,7 +1,7 @@
 # make demo    tokenize and reconstruct a photograph, a clip and a 3D model with the bundled model
 # make test    the test suite
 # make lint    ruff and mypy
-# make bench   speed of the tokenizer, of 3D assets, of loading and of measuring, on this machine
+# make bench   speed of the tokenizer, of 3D assets, of loading, of measuring and of training, on this machine
 # make nano    install and build the training data, train the bundled models anew and measure them (hours on a CPU)
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.assets
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.training
 
 nano: $(READY)
 	scripts/install_data.sh $(BIN)/python

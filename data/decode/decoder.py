@@ -66,6 +66,8 @@ class DecodeSettings:
     max_voxels: of an asset that is understood, how many are kept in training, drawn anew in each epoch; a category is
         seen in a part of them too, and a small model learns from more assets in the same time. None: all.
     views: of an asset that is reconstructed, how many a loss compares with; all where it has fewer.
+    label_share: in training, in which share of the epochs a sample's label is its caption; classes are then texts that
+        a model has been compared with, as in data sets that have labels alone.
     require_caption: leave out samples without one. None: for understanding.
     patch_size: frames, rows and columns of a token.
 
@@ -85,6 +87,7 @@ class DecodeSettings:
     max_frames: int = temporal.MAX_FRAMES
     max_voxels: int | None = None
     views: int = 4
+    label_share: float = 0.0
     require_caption: bool | None = None
     patch_size: PatchSize = PATCH_SIZE
 
@@ -102,6 +105,8 @@ class DecodeSettings:
             raise InputError(f"fps must be above 0 and views at least 0, got {self.fps} and {self.views}")
         if self.max_voxels is not None and self.max_voxels < 1:
             raise InputError(f"max_voxels must be at least 1, or left out, got {self.max_voxels}")
+        if not 0 <= self.label_share <= 1:
+            raise InputError(f"label_share must lie in 0..1, got {self.label_share}")
         _sampler(self, "whole" if self.rule == "auto" else self.rule)  # which checks sides, rule and patch size
 
 
@@ -144,7 +149,7 @@ class Decoder:
                 "damaged asset", "damaged facts", "damaged caption", "no caption", "too small", "no such content".
         """
         extension = self._content(raw)
-        common = self._words(raw)
+        common = self._words(raw, epoch)
         if self.kind == "assets":
             return self._asset(raw, epoch, common)
         data, patch = raw.files[extension], self.settings.patch_size
@@ -168,7 +173,7 @@ class Decoder:
         held = ", ".join(sorted(raw.files)) or "nothing"
         raise SampleError("no such content", f"{raw.id}: needs one of {', '.join(known)}; it holds {held}")
 
-    def _words(self, raw: Raw) -> dict[str, Any]:
+    def _words(self, raw: Raw, epoch: int) -> dict[str, Any]:
         """What items have in common."""
         try:
             facts = raw.facts()
@@ -178,6 +183,13 @@ class Decoder:
             caption = raw.caption()
         except InputError as error:
             raise SampleError("damaged caption", str(error)) from None
+        label = facts.get("label")
+        if (
+            label
+            and self.settings.training
+            and draws("caption", self.seed, epoch, raw.id, 1)[0] < self.settings.label_share
+        ):
+            caption = str(label).lower()
         caption = clean_caption(caption) if caption else None
         if self._needs_caption and not caption:
             raise SampleError("no caption", f"{raw.id}: has no caption, and {self.task} needs one")

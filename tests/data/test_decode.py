@@ -341,6 +341,19 @@ class TestWords:
         assert made(raw(picture, caption=text.encode()), 0).caption == clean
         assert made(raw(picture, caption=b"", facts={"caption": text}), 0).caption == clean
 
+    def test_labels_are_captions_in_a_share_of_the_epochs(self) -> None:
+        sample = raw(
+            {"png": picture_file(scene(1, 64, 64)[0], "PNG")}, caption=b"a red chair", facts={"label": "Furniture"}
+        )
+        made = decoder(Task.IMAGE_UNDERSTANDING, replace(SMALL, label_share=0.25))
+        found = [made(sample, epoch).caption for epoch in range(200)]
+        assert set(found) == {"a red chair", "furniture"}
+        assert 30 < found.count("furniture") < 70  # 50 and three deviations of 6.1
+        evaluated = decoder(Task.IMAGE_UNDERSTANDING, replace(EVALUATION, label_share=1.0))
+        assert evaluated(sample, 0).caption == "a red chair"
+        with pytest.raises(InputError, match="label_share must lie in"):
+            replace(SMALL, label_share=1.5)
+
     def test_causes(self) -> None:
         picture = {"png": picture_file(scene(1, 64, 64)[0], "PNG")}
         cases: list[tuple[Task, Raw, str]] = [

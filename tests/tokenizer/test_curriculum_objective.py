@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tokenizer.losses.weights import LossWeights
 from tokenizer.model.posterior import Posterior
 from tokenizer.training.curriculum.config import OptimizerSettings, RunConfig
 from tokenizer.training.curriculum.objective import make_objective
-from tokenizer.training.curriculum.optimization import Average, group_of, make_optimizer, rate_at
+from tokenizer.training.curriculum.optimization import Average, group_of, make_optimizers, rate_at
 from tokenizer.training.curriculum.preparation import Preparer, stream_seed
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.start import starting_model
@@ -47,14 +48,14 @@ def test_every_task_has_its_terms_and_the_loss_is_their_weighted_sum(
     sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sets)
-    config = smoke(3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0, kl: 0.01}")
+    config = smoke(3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0, kl: 0.01, psnr: 0.3}")
     made, preparer = engine(config)
     loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
     seen: dict[str, dict[str, float]] = {}
     for step in range(9):
         prepared = preparer([next(loader)], step)
         found = made.forward_backward(prepared)
-        made.optimizer.zero_grad()
+        made.model.zero_grad()
         seen[prepared[1].task] = found
         total = 0.0
         for name, value in found.items():
@@ -63,17 +64,45 @@ def test_every_task_has_its_terms_and_the_loss_is_their_weighted_sum(
                 total += value
             elif term == "kl":
                 total += 0.01 * value
+            elif term == "psnr":
+                total -= 0.2 * 0.3 * value
             elif term != "loss":
                 total += 0.2 * value * (0.5 if term == "coverage" else 1.0)
         assert found["loss"] == pytest.approx(total, rel=1e-6)
     terms = {task: {n.rpartition("/")[2] for n in found if n.startswith(task)} for task, found in seen.items()}
     assert terms == {
-        "image_reconstruction": {"l1", "kl"},
+        "image_reconstruction": {"l1", "kl", "psnr"},
         "video_understanding": {"semantic"},
-        "video_reconstruction": {"l1", "kl"},
+        "video_reconstruction": {"l1", "kl", "psnr"},
         "asset_understanding": {"semantic"},
-        "asset_reconstruction": {"l1", "kl", "view l1", "view l2", "coverage"},
+        "asset_reconstruction": {"l1", "kl", "psnr", "view l1", "view l2", "coverage"},
     }
+
+
+def test_the_cosine_to_the_own_text_is_added_to_every_understanding(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sets)
+    config = smoke(3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0}")
+    made, preparer = engine(config)
+    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    tower, seen = StubTower(), set()
+    for step in range(9):
+        turn = next(loader)
+        for batch, part in zip(turn, preparer([turn], step), strict=True):
+            if not part.task.endswith("understanding"):
+                continue
+            seen.add(part.task)
+            outputs, scale = made.model(part.tokens, part.task), made.model.alignment.scale
+            plain, _ = made.objective(part, outputs, scale)
+            made.objective.weights = replace(config.loss, cosine=0.7)
+            more, _ = made.objective(part, outputs, scale)
+            made.objective.weights = config.loss
+            own = tower.encode([str(item.caption) for item in batch.items])
+            cosines = torch.nn.functional.cosine_similarity(outputs["vectors"], own)
+            expected = part.share * 0.7 * (1 - cosines.detach()).mean()
+            torch.testing.assert_close((more - plain).detach(), expected, rtol=1e-3, atol=0)
+    assert seen == {"image_understanding", "video_understanding", "asset_understanding"}
 
 
 def test_perceptual_terms_are_zero_for_a_perfect_copy_and_look_at_the_first_pictures(
@@ -123,7 +152,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(sets: Path, monkeypatch: pyte
         with torch.no_grad():
             weight[0, 0] = kept
         assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
-        assert not made.optimizer.state
+        assert not any(optimizer.state for optimizer in made.optimizers)
 
 
 @given(st.integers(0, 400), st.integers(1, 100), st.integers(200, 400))
@@ -141,7 +170,7 @@ def test_rates_rise_to_the_peak_and_fall_to_the_last(step: int, warmup: int, ste
 
 def test_parameters_are_grouped_as_published() -> None:
     made, _ = engine(smoke(3, "start={kind: scratch}"))
-    optimizer = make_optimizer(made.model, OptimizerSettings())
+    (optimizer,) = make_optimizers(made.model, OptimizerSettings())
     names = {id(parameter): name for name, parameter in made.model.named_parameters()}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     slow = {names[id(p)] for g in optimizer.param_groups if g["factor"] == 0.1 for p in g["params"]}

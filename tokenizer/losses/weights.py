@@ -39,6 +39,10 @@ KL: summed over channels, averaged over tokens (FORMAT 7)
     in stage 1, where there are 32.
 KL of a discrete model: none
     Nothing is sampled there, the log-variances have no effect, and FSQ bounds the means by itself.
+Cosine of own text: none, in the published objective
+    Distillation and the sigmoid loss compare texts with each other: what all texts have in common is neither asked for
+    nor punished. A SigLIP 2 encoder starts in the space of its texts; a small model that starts from nothing learns
+    where they are from 1 - cosine of its vector and its own text.
 PSNR: none, in the published objective
     Small models add the PSNR itself with a small weight: it counts every item by its relative error, so that rough
     pictures do not drown smooth ones, and its gradient does not fade where L1 is small already.
@@ -64,6 +68,7 @@ class LossWeights:
 
     reconstruction, semantic, kl: the three parts of the objective.
     l1, psnr, lpips, gram, clip: the terms within the reconstruction; psnr weighs minus the decibels.
+    cosine: of the cosine to the own text, beside distillation or the sigmoid loss within the semantic part.
 
     Raises:
         InputError: a weight that is negative or not finite.
@@ -77,6 +82,7 @@ class LossWeights:
     lpips: float = 10.0
     gram: float = 1e3
     clip: float = 1.0
+    cosine: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

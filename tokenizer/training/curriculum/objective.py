@@ -7,7 +7,8 @@
     asset_understanding     1.0 sigmoid
     asset_reconstruction    0.2 (L1 of voxels + L1 + L2 + 0.5 coverage of drawn views) + 1e-8 KL
 
-Where `loss.psnr` asks for it, every reconstruction has the PSNR of its items besides.
+Where `loss.psnr` and `loss.cosine` ask for it, every reconstruction has the PSNR of its items besides, and every
+understanding the cosine to the own text.
 
 The loss of a micro-batch is its part of the step's: sums over its own units, divided by the units of all
 (`Prepared.totals`). Adding up the losses, or the gradients, of all micro-batches in all processes gives those of the
@@ -20,6 +21,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from tokenizer.errors import InputError
 from tokenizer.gaussians.decoder import GaussianDecoder
@@ -135,6 +137,10 @@ class Objective:
         else:
             assert scale is not None
             values = sigmoid(scale(vectors, every) + scale.bias, texts.matches)
+        if self.weights.cosine:
+            # Texts that match are equal, so that their mean is the own one.
+            own = texts.matches.to(kind) @ every
+            values = values + self.weights.cosine * (1 - cosine_similarity(vectors.to(kind), own))
         term = values.sum() / prepared.totals.items
         return self.weights.semantic * term, {"semantic": term}
 
