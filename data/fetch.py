@@ -16,10 +16,11 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Protocol
 
 from data.samples import Fault
@@ -118,10 +119,12 @@ class Workers:
         self._sources = {name: number for number, name in enumerate(self._jobs)}
         self._queues: dict[str, deque[_Task]] = {name: deque() for name in jobs}
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = threading.Event()
         self._failure: InputError | None = None
         self._deaths = self._outcomes_since = 0
         self._workers = [self._start(number) for number in range(count)]
+        # Workers do not heed the signal by which multiprocessing ends its children at exit, and are ended before it.
+        Finalize(self, _end, (self._workers, self._closed), exitpriority=10)
         self._listener = threading.Thread(target=self._listen, name="data listener", daemon=True)
         self._listener.start()
 
@@ -151,7 +154,7 @@ class Workers:
 
     def close(self) -> None:
         with self._changed:
-            self._closed = True
+            self._closed.set()
         for worker in self._workers:
             worker.process.kill()
             worker.process.join()
@@ -162,7 +165,7 @@ class Workers:
     # ------------------------------------------------------------------ the thread that listens
 
     def _listen(self) -> None:
-        while not self._closed and self._failure is None:
+        while not self._closed.is_set() and self._failure is None:
             by_connection = {worker.connection: worker for worker in self._workers}
             for ready in wait(list(by_connection), timeout=0.5):
                 worker = by_connection[ready]  # type: ignore[index]
@@ -209,7 +212,7 @@ class Workers:
         """A new worker for a dead one, which goes on where that stood."""
         dead.process.join()
         with self._changed:
-            if self._closed:
+            if self._closed.is_set():
                 return
             reason = dead.accused or _reason(dead.process.exitcode)
             self._deaths += 1
@@ -262,11 +265,18 @@ class Workers:
                 worker.process.kill()
 
 
+def _end(workers: Sequence[_Worker], closed: threading.Event) -> None:
+    closed.set()
+    for worker in workers:
+        worker.process.kill()
+
+
 def work(connection: Connection, jobs: Mapping[str, Job]) -> None:
     """What a worker process does until the other side closes."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the process that asks, which saves before it closes the pipe
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     readers = {name: SourceReader(job) for name, job in jobs.items()}
     try:

@@ -156,6 +156,41 @@ def test_kill_and_resume_at_any_moment(sets: dict[str, ShardSet], tmp_path: Path
     assert json.loads(checkpoint.read_text())["lines"] == steps(load(sets), 120)
 
 
+def test_a_signal_to_all_processes_of_a_job_ends_no_worker(sets: dict[str, ShardSet]) -> None:
+    """A cluster that takes a machine back sends SIGTERM to all; the run goes on until it has saved, then ends them."""
+    healthy = steps(load(sets), 30)
+    loader = load(sets, workers=2)
+    found = steps(loader, 10)
+    workers = [worker.process for worker in loader._fetcher._workers]  # type: ignore[attr-defined]
+    for process in workers:
+        os.kill(process.pid, signal.SIGTERM)
+    assert found + steps(loader, 20) == healthy
+    assert [worker.process for worker in loader._fetcher._workers] == workers  # type: ignore[attr-defined]
+    loader.close()
+    assert not any(process.is_alive() for process in workers)
+
+
+def test_a_process_that_never_closes_its_loader_ends(sets: dict[str, ShardSet], tmp_path: Path) -> None:
+    program = tmp_path / "run.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            from pathlib import Path
+            from data.shards.manifest import read_set
+            from tests.data.loading import load
+
+            if __name__ == "__main__":
+                loader = load({name: read_set(Path(sys.argv[1]) / name) for name in "abv"}, workers=2)
+                next(loader)
+            """
+        )
+    )
+    folder = Path(sets["a"].shards[0].url).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(program), str(folder)], env=environment, cwd=ROOT, check=True, timeout=60)
+
+
 def test_a_killed_worker_is_replaced(sets: dict[str, ShardSet], tmp_path: Path) -> None:
     healthy = load(sets, [feed(sets["a"], TinyDecoder("a", IMAGE))], ratios={IMAGE: 1}, every_step=())
     deadly = TinyDecoder("a", IMAGE, killers=("a0003", "a0031"), once=str(tmp_path))
