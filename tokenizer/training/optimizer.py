@@ -25,7 +25,7 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
     skip: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         path = f".{name}"
-        if path.startswith(".skip."):
+        if path.startswith(".skip.") and ".links." not in path:
             parameter.requires_grad_(config.skip_lr > 0)
             skip.append(parameter)
         elif parameter.ndim < 2 or "positions" in name or "norm" in name:
