@@ -93,6 +93,7 @@ def test_the_cosine_to_the_own_text_is_added_to_every_understanding(
             if not part.task.endswith("understanding"):
                 continue
             seen.add(part.task)
+            assert made.model.alignment is not None
             outputs, scale = made.model(part.tokens, part.task), made.model.alignment.scale
             plain, _ = made.objective(part, outputs, scale)
             made.objective.weights = replace(config.loss, cosine=0.7)
