@@ -50,18 +50,20 @@ def _run(options: argparse.Namespace, arguments: Sequence[str], command: Command
     perceptual = [name for name in told if studies[name].perceptual]
     perception = Perception(choose_device(options.device)) if perceptual else None
     for number, config in enumerate(waiting, start=1):
-        console.print(f"run {number} of {len(waiting)}: {config.out}, {config.steps} steps", highlight=False)
+        console.print(
+            f"run {number} of {len(waiting)}: {config.out}, {config.steps} steps", highlight=False, soft_wrap=True
+        )
         if status := train_run(config, options.device, command):
-            console.print(f"{config.out} has not ended; the same command goes on", highlight=False)
+            console.print(f"{config.out} has not ended; the same command goes on", highlight=False, soft_wrap=True)
             return status
     if perception is not None:
         for config in (config for name in perceptual for config in configs[name].values()):
-            console.print(f"measuring {config.out}", highlight=False)
+            console.print(f"measuring {config.out}", highlight=False, soft_wrap=True)
             perception.measure_run(config)
     made_by = shlex.join(["python", "-m", "tokenizer.training.ablations", *arguments])
     folder = os.path.relpath(options.plan.parent)
     write_report({name: studies[name] for name in told}, options.out, options.docs, command=made_by, configs=folder)
-    console.print(f"wrote {options.docs / README}", highlight=False)
+    console.print(f"wrote {options.docs / README}", highlight=False, soft_wrap=True)
     return 0
 
 
