@@ -33,7 +33,7 @@ from tokenizer.training.curriculum.config import RunConfig, network_config
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.pictures import Pair, Picture, pairs_of
 from tokenizer.training.curriculum.tasks import IMAGE_RECONSTRUCTION
-from tokenizer.training.feeding import find_held_out
+from tokenizer.training.feeding import StepBatch, find_held_out
 
 MEASURED = "measured.jsonl"
 """File of a run."""
@@ -70,16 +70,17 @@ class Perception:
         out = folder / MEASURED
         known = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.is_file() else []
         done = {int(line["step"]) for line in known}
-        for path in sorted((folder / CHECKPOINTS).glob("step-*")):
-            step = int(path.name.removeprefix("step-"))
-            if step not in done:
-                known.append({"step": step, **self.figures(self.reconstruct(config, path))})
-                with atomic_path(out) as temporary:
-                    lines = [json.dumps(line) + "\n" for line in sorted(known, key=lambda line: int(line["step"]))]
-                    temporary.write_text("".join(lines), encoding="utf-8")
+        paths = {int(path.name.removeprefix("step-")): path for path in (folder / CHECKPOINTS).glob("step-*")}
+        missing = sorted(paths.keys() - done)
+        pictures = _held_out(config) if missing else []
+        for step in missing:
+            known.append({"step": step, **self.figures(self.reconstruct(paths[step], pictures))})
+            with atomic_path(out) as temporary:
+                lines = [json.dumps(line) + "\n" for line in sorted(known, key=lambda line: int(line["step"]))]
+                temporary.write_text("".join(lines), encoding="utf-8")
 
-    def reconstruct(self, config: RunConfig, checkpoint: Path) -> list[Pair]:
-        """Held-out pictures and what the averaged weights of a checkpoint make of them, uint8 [H, W, 3] each."""
+    def reconstruct(self, checkpoint: Path, batches: Sequence[StepBatch]) -> list[Pair]:
+        """Pictures and what the averaged weights of a checkpoint make of them, uint8 [H, W, 3] each."""
         weights = read_weights(checkpoint)
         network = ATokenNetwork(network_config(parse_config(RunConfig, weights.settings, str(checkpoint))))
         prefix = "network."
@@ -87,16 +88,11 @@ class Perception:
             {name.removeprefix(prefix): value for name, value in weights.average.items() if name.startswith(prefix)}
         )
         model = TrainedModel(network).to(self.device).eval().requires_grad_(False)
-        patch_size = network.config.patch_size
-        sources = [source for source in config.validation.sources if source["task"] == IMAGE_RECONSTRUCTION]
-        held_out = find_held_out(config.loader)(sources, budget=config.validation.budget, limit=config.validation.limit)
         pairs: list[Pair] = []
-        for batch in (batch for batches in held_out.values() for batch in batches):
-            tokens = batch.tokens(self.device, torch.float32, patch_size)
+        for batch in batches:
+            tokens = batch.tokens(self.device, torch.float32, network.config.patch_size)
             outputs, views = model(tokens, batch.task), [None] * len(batch.items)
-            pairs += pairs_of(batch.task, tokens, views, outputs, patch_size, len(views), None)
-        if not pairs:
-            raise InputError(f"{config.name}: its validation has no pictures to measure; add a source of them")
+            pairs += pairs_of(batch.task, tokens, views, outputs, network.config.patch_size, len(views), None)
         return pairs
 
     @torch.inference_mode()
@@ -119,6 +115,16 @@ class Perception:
             for p in (original, copy)
         )
         return float(gram(a, b))
+
+
+def _held_out(config: RunConfig) -> list[StepBatch]:
+    """The pictures that a run is validated on."""
+    settings = config.validation
+    sources = [source for source in settings.sources if source["task"] == IMAGE_RECONSTRUCTION]
+    if not sources:
+        raise InputError(f"{config.out}: its validation has no pictures to measure; add a source of them")
+    batches = find_held_out(config.loader)(sources, budget=settings.budget, limit=settings.limit)
+    return [batch for found in batches.values() for batch in found]
 
 
 def pieces_of(picture: Picture, side: int = PIECE) -> Iterator[Picture]:

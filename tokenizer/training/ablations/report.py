@@ -15,6 +15,9 @@ from tokenizer.training.ablations.running import MACHINE
 
 README = "README.md"
 
+WIDEST = 5
+"""Panels beside each other, at most."""
+
 _HEAD = """\
 # Ablations
 
@@ -48,27 +51,31 @@ def write_report(studies: Mapping[str, Study], out: Path, docs: Path, *, command
 
 
 def draw(study: Study, curves: Mapping[str, Mapping[str, Curves]], out: Path) -> None:
-    """A row of panels for each size, a panel for each figure, a line for each variant."""
+    """A panel for each size and figure, a line for each variant, dotted lines where its runs follow each other."""
     require_package("matplotlib", "drawing curves", "train")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shape = (len(curves), len(study.columns))
-    figure, axes = pyplot.subplots(*shape, figsize=(3.2 * shape[1], 2.7 * shape[0]), squeeze=False, sharex=True)
-    for row, (size, variants) in zip(axes, curves.items(), strict=True):
-        for axis, (column, label) in zip(row, study.columns.items(), strict=True):
-            for number, (name, found) in enumerate(variants.items()):
-                steps, values = zip(*found.points[column], strict=True) if found.points[column] else ((), ())
-                axis.plot(steps, values, marker="o", markersize=3, color=f"C{number}", label=name)
-                for border in found.borders:
-                    axis.axvline(border, color=f"C{number}", linestyle=":", linewidth=1)
-            axis.set_title(f"{size}: {label}", fontsize="small")
-            axis.tick_params(labelsize="small")
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
+    panels = [(size, column) for size in curves for column in study.columns]
+    count = len(study.columns)
+    wide = count if count <= WIDEST else -(-count // 2)
+    high = -(-len(panels) // wide)
+    figure, axes = pyplot.subplots(high, wide, figsize=(3.2 * wide, 2.7 * high), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (size, column) in zip(axes.flat, panels, strict=False):
+        for number, (name, found) in enumerate(curves[size].items()):
+            points = found.points[column]
+            colour = f"C{number}"
+            axis.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=3, color=colour, label=name)
+            for border in found.borders:
+                axis.axvline(border, color=colour, linestyle=":", linewidth=1)
+        axis.set_title(f"{size}: {study.columns[column]}", fontsize="small")
         axis.set_xlabel("step", fontsize="small")
+        axis.tick_params(labelsize="small")
+        axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     with atomic_path(out) as path:
