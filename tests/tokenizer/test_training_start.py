@@ -122,7 +122,7 @@ def test_a_network_starts_as_its_linear_codes(store: Path) -> None:
         pca = float(10 * torch.log10(4 / (centred - centred @ best @ best.T).square().mean()))
         assert figures[name] > pca
     assert bool((net.encode(visuals_of(patches["stills"])).posterior.logvar.features == -8).all())
-    # The transformers are there to learn: their weights are whitened components, none of them silent or wild. A still is
+    # The transformers are there to learn: their weights are whitened components, none silent or wild. A still is
     # a clip whose later frames are zero.
     stills, clips = (patches[name].flatten(0, 1) for name in ("stills", "clips"))
     both = torch.cat([clips, torch.nn.functional.pad(stills, (0, clips.shape[1] - stills.shape[1]))])
