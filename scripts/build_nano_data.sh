@@ -4,8 +4,8 @@
 #
 # Photographs are reduced to 640 pixels and films to 384: the crops that a small model sees are then of the scale that it
 # is measured at, and large frames do not take longer to read than a step takes.
-# Furniture is rendered once, as a store (the decoder of Gaussians is trained from it) and then as shards: about an hour
-# on two cores. What is there already is left alone.
+# Furniture is rendered once, as a store (the decoder of Gaussians is trained from it), which takes longest, and then
+# written as shards. What is there already is left alone.
 set -eu
 cd "$(dirname "$0")/.."
 sets=${1:-datasets/sets}

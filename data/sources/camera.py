@@ -17,6 +17,8 @@ from PIL import Image
 FRAMES = 16
 SIDE = 192
 MAX_SPEED = 6.0
+LAYERED = 0.4
+"""Share of clips that should have one or two cut-outs in front."""
 _MIN_SHORT = 208
 # Frames are drawn at twice their size and reduced, so edges are as sharp and free of aliasing as in a downscaled film.
 _SUPERSAMPLE = 2

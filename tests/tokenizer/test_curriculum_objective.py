@@ -26,6 +26,7 @@ from tokenizer.training.curriculum.preparation import Preparer, stream_seed
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.start import starting_model
 from tokenizer.training.curriculum.torch_engine import TorchEngine
+from tokenizer.training.feeding import StepSource
 
 CPU = torch.device("cpu")
 
@@ -44,13 +45,17 @@ def engine(config: RunConfig) -> tuple[TorchEngine, Preparer]:
     return made, Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, config.perceptual_images)
 
 
+def trained(config: RunConfig) -> tuple[TorchEngine, Preparer, StepSource]:
+    """An engine with what it takes its steps from."""
+    return *engine(config), open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+
+
 def test_every_task_has_its_terms_and_the_loss_is_their_weighted_sum(
     sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sets)
     config = smoke(3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0, kl: 0.01, psnr: 0.3}")
-    made, preparer = engine(config)
-    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    made, preparer, loader = trained(config)
     seen: dict[str, dict[str, float]] = {}
     for step in range(9):
         prepared = preparer([next(loader)], step)
@@ -84,8 +89,7 @@ def test_the_cosine_to_the_own_text_is_added_to_every_understanding(
 ) -> None:
     monkeypatch.chdir(sets)
     config = smoke(3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0}")
-    made, preparer = engine(config)
-    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    made, preparer, loader = trained(config)
     tower, seen = StubTower(), set()
     for step in range(9):
         turn = next(loader)
@@ -113,8 +117,7 @@ def test_perceptual_terms_are_zero_for_a_perfect_copy_and_look_at_the_first_pict
         pytest.skip("the weights of LPIPS are not installed")
     monkeypatch.chdir(sets)
     config = smoke(1, "loss={clip: 0}", "choices.side=32", "perceptual_images=1")
-    made, preparer = engine(config)
-    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    made, preparer, loader = trained(config)
     part = preparer([next(loader)], 0)[1]
     assert part.totals.pictures == 1 < part.totals.items
     features = part.tokens.features
@@ -138,8 +141,7 @@ def test_perceptual_terms_are_zero_for_a_perfect_copy_and_look_at_the_first_pict
 def test_a_loss_that_is_not_finite_changes_nothing(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(sets)
     config = smoke(2, "start={kind: scratch}")
-    made, preparer = engine(config)
-    loader = open_training_loader(config.data, seed=0, rank=0, world=1, quarantine_file=None)
+    made, preparer, loader = trained(config)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     weight = made.model.network.encoder.to_posterior.weight
     for step in range(2):
@@ -178,6 +180,11 @@ def test_parameters_are_grouped_as_published() -> None:
     assert all(name.endswith("weight") and "norm" not in name and "positions" not in name for name in decayed)
     assert "network.decoder.transformer.blocks.0.mlp.up.weight" in decayed
     assert slow == {name for name in names.values() if group_of(name) == "encoder"}
+    # A factor of 0 freezes: nothing of the encoder is in an optimizer, or counts for the norm of gradients.
+    made, _ = engine(smoke(3, "start={kind: scratch}"))
+    make_optimizers(made.model, OptimizerSettings(encoder_lr_factor=0.0))
+    frozen = {name for name, parameter in made.model.named_parameters() if not parameter.requires_grad}
+    assert frozen >= slow
     assert "network.encoder.to_posterior.weight" not in slow
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 

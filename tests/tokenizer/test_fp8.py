@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,8 @@ from tokenizer.fp8.rows import in_padded_rows
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig, TransformerConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 DELAYED = FP8Config(fp8_recipe="delayed", fp8_amax_history_len=4)
 
@@ -36,15 +37,6 @@ def linear_layer(inputs: int, outputs: int) -> nn.Linear:
         linear.weight.copy_(torch.randn(outputs, inputs, generator=generator) * inputs**-0.5)
         linear.bias.copy_(torch.randn(outputs, generator=generator))
     return linear
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers of 64 channels take ten times as long where two threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------- numbers

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,11 @@ from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.launch import train
 from tokenizer.training.curriculum.torch_engine import TorchEngine
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TENSORWISE = "fp8={}"
 DELAYED = "fp8={fp8_recipe: delayed, fp8_amax_history_len: 4}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small layers take ten times as long where two threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from tokenizer.model import piecewise
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import FSQConfig, SkipConfig
 from tokenizer.training.curriculum.config import OptimizerSettings
-from tokenizer.training.curriculum.muon import Muon, orthogonalised
 from tokenizer.training.curriculum.optimization import make_optimizers, rate_at
 from tokenizer.training.curriculum.stages import grown, quantised, refit_codes
 from tokenizer.training.initialise import link_codes, start_from_linear_codes
+from tokenizer.training.muon import Muon, orthogonalised
 
 FRAME, PATCH = 48, 192
 SKIP = SkipConfig(still_codes=3, clip_codes=2, linked=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tokenizer.training.config import OptimizerConfig
+from tokenizer.training.muon import Muon
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -43,11 +44,7 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[torch.o
         torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
     ]
     if matrices and config.muon_lr is not None:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        optimizers.append(Muon([{"params": matrices, "weight_decay": config.weight_decay}], lr=config.muon_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

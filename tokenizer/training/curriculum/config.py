@@ -97,8 +97,8 @@ class OptimizerSettings:
     decay_fraction: of a run, how much of it a plateau falls in.
     encoder_lr_factor: of the rate of the encoder's transformer and pool.
     codes_lr_factor: of the rate of the linear codes of small models; 0 keeps them as they are.
-    muon_lr: peak rate of Muon, which then trains the matrices inside the transformers' blocks (short runs of small
-        models gain by it); by default AdamW trains all.
+    muon_lr: peak rate of Muon, which then trains the matrices inside the transformers' blocks; by default AdamW trains
+        all.
     plain_lr: peak rate of what is not decayed (biases, norms, scales, position tables); by default `lr`.
     max_grad_norm: longer gradients are scaled down to it.
     ema: how much of the averaged weights stays in each step, less in the first few.

@@ -138,7 +138,7 @@ class Objective:
             assert scale is not None
             values = sigmoid(scale(vectors, every) + scale.bias, texts.matches)
         if self.weights.cosine:
-            # Texts that match are equal, so that their mean is the own one.
+            # Texts that match are equal, so that their sum points where the own one does.
             own = texts.matches.to(kind) @ every
             values = values + self.weights.cosine * (1 - cosine_similarity(vectors.to(kind), own))
         term = values.sum() / prepared.totals.items

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.model import PARTS, part_of
-from tokenizer.training.curriculum.muon import Muon
 from tokenizer.training.curriculum.processes import Processes
+from tokenizer.training.muon import Muon
 
 GROUPS = ("encoder", "codes", "rest")
 """Groups of learning rates, as logs name them."""
@@ -34,7 +34,7 @@ def make_optimizers(
         if not parameter.requires_grad:
             continue
         rate = group_of(name)
-        if rate == "codes" and settings.codes_lr_factor == 0:
+        if _factors(settings)[rate] == 0:
             parameter.requires_grad_(False)
             continue
         groups.setdefault((rate, _sort(name, parameter, settings)), []).append(parameter)
@@ -56,6 +56,11 @@ def make_optimizers(
     return optimizers
 
 
+def _factors(settings: OptimizerSettings) -> dict[str, float]:
+    """Of the learning rate, by the group that a parameter belongs to; 0 leaves it as it is."""
+    return {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}
+
+
 def _sort(name: str, parameter: Tensor, settings: OptimizerSettings) -> str:
     """How a parameter is trained: "plain" without decay, "decayed", or by "muon"."""
     if not decays(name, parameter):
@@ -65,7 +70,7 @@ def _sort(name: str, parameter: Tensor, settings: OptimizerSettings) -> str:
 
 def _factor(rate: str, sort: str, settings: OptimizerSettings) -> float:
     """Of the scheduled learning rate."""
-    factor = {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}[rate]
+    factor = _factors(settings)[rate]
     if sort == "muon" and settings.muon_lr is not None:
         return factor * settings.muon_lr / settings.lr
     if sort == "plain" and rate != "codes" and settings.plain_lr is not None:

@@ -72,8 +72,9 @@ def refit_codes(
     """Fit the linear codes of a network anew, with all channels that it has now.
 
     Codes of 48 channels fit better than codes of 32 with 16 more behind, and the stage before has seen no clips. The
-    transformers lose nothing: linked with codes, they read and write patches, whatever the codes are. What the encoder
-    said in coefficients means nothing any more and starts again from zero.
+    transformers can go on: linked with codes, they read and write patches, whatever the codes are. But they learned to
+    add what the old codes left out, part of which the new ones code: at first they add too much. What the encoder said
+    in coefficients means nothing any more and starts again from zero.
 
     Args:
         network: changed in place; continuous, with codes that are linked.
