@@ -19,6 +19,8 @@ def fingerprint(config: ATokenConfig, weights: str) -> str:
     """16 hexadecimal digits from the configuration (less its name) and the digest of the weights."""
     settings = config_to_dict(config)
     settings.pop("name")
+    if settings["refiner"] is None:  # models from before there were refiners keep their names
+        settings.pop("refiner")
     text = json.dumps(settings, sort_keys=True) + weights
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -65,6 +65,10 @@ class DecodeSettings:
     fps, max_frames: of clips that are understood.
     max_voxels: of an asset that is understood, how many are kept in training, drawn anew in each epoch; a category is
         seen in a part of them too, and a small model learns from more assets in the same time. None: all.
+    min_voxels: with it, how many are kept is drawn too, from here to `max_voxels`, small numbers more often; a model that
+        has seen one number alone has seen no asset as it is.
+    turned: in training, see an asset that is understood mirrored and turned by quarters about its vertical axis, one
+        of the eight ways an epoch. Its voxels change places; what each shows stays as it is.
     views: of an asset that is reconstructed, how many a loss compares with; all where it has fewer.
     label_share: in training, in which share of the epochs a sample's label is its caption; classes are then texts that
         a model has been compared with, as in data sets that have labels alone.
@@ -86,6 +90,8 @@ class DecodeSettings:
     fps: float = temporal.FPS
     max_frames: int = temporal.MAX_FRAMES
     max_voxels: int | None = None
+    min_voxels: int | None = None
+    turned: bool = False
     views: int = 4
     label_share: float = 0.0
     require_caption: bool | None = None
@@ -105,6 +111,10 @@ class DecodeSettings:
             raise InputError(f"fps must be above 0 and views at least 0, got {self.fps} and {self.views}")
         if self.max_voxels is not None and self.max_voxels < 1:
             raise InputError(f"max_voxels must be at least 1, or left out, got {self.max_voxels}")
+        if self.min_voxels is not None and not 1 <= self.min_voxels <= (self.max_voxels or 0):
+            raise InputError(
+                f"min_voxels must lie in 1..max_voxels, got {self.min_voxels} and max_voxels {self.max_voxels}"
+            )
         if not 0 <= self.label_share <= 1:
             raise InputError(f"label_share must lie in 0..1, got {self.label_share}")
         _sampler(self, "whole" if self.rule == "auto" else self.rule)  # which checks sides, rule and patch size
@@ -230,7 +240,7 @@ class Decoder:
         features, coordinates = stored.features, stored.coordinates
         if self._understanding:
             kept = self._kept_voxels(len(features), epoch, raw.id)
-            features, coordinates = features[kept], coordinates[kept]
+            features, coordinates = features[kept], self._turned(coordinates[kept], epoch, raw.id)
         views: Seen | None = None
         if not self._understanding and self.settings.views:
             views = decode_views(raw.files, stored, self._chosen_views(stored.seen.tolist(), epoch, raw.id), raw.id)
@@ -247,9 +257,19 @@ class Decoder:
         limit = self.settings.max_voxels
         if not self.settings.training or limit is None or count <= limit:
             return slice(None)
-        (u,) = draws("voxels", self.seed, epoch, name, 1)
+        u, v = draws("voxels", self.seed, epoch, name, 2)
+        least = limit if self.settings.min_voxels is None else self.settings.min_voxels
         generator = torch.Generator().manual_seed(int(u * 2**53))
-        return torch.randperm(count, generator=generator)[:limit].sort().values
+        return torch.randperm(count, generator=generator)[: round(least * (limit / least) ** v)].sort().values
+
+    def _turned(self, coordinates: torch.Tensor, epoch: int, name: str) -> torch.Tensor:
+        """Coordinates [N, 3] of an asset whose vertical axis is the last, in one of eight ways inside its own box."""
+        if not (self.settings.training and self.settings.turned):
+            return coordinates
+        x, y, z = coordinates.unbind(1)
+        ways = [int(2 * u) for u in draws("turn", self.seed, epoch, name, 3)]
+        x, y = (x.min() + x.max() - x if ways[0] else x), (y.min() + y.max() - y if ways[1] else y)
+        return torch.stack([y, x, z] if ways[2] else [x, y, z], dim=1)
 
     def _chosen_views(self, seen: Sequence[bool], epoch: int, name: str) -> list[int]:
         """Different views, seen or not: by lot in training, else the unseen ones first."""

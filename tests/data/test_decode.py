@@ -292,6 +292,40 @@ class TestAssets:
         with pytest.raises(InputError, match="max_voxels must be at least 1"):
             replace(SMALL, max_voxels=0)
 
+    def test_how_many_voxels_are_kept_is_drawn(self) -> None:
+        settings = replace(SMALL, min_voxels=2, max_voxels=9, require_caption=False)
+        made = decoder(Task.ASSET_UNDERSTANDING, settings)
+        counts = [made(raw_asset(), epoch).tokens for epoch in range(60)]
+        assert set(counts) == set(range(2, 10))
+        assert sum(count <= 4 for count in counts) > 20  # uniform in the logarithm: half lie below the root of 2 x 9
+        for wrong in ({"min_voxels": 10}, {"min_voxels": 0}, {"min_voxels": 1, "max_voxels": None}):
+            with pytest.raises(InputError, match=r"min_voxels must lie in 1\.\.max_voxels"):
+                replace(settings, **wrong)
+
+    def test_assets_are_turned_about_their_vertical_axis(self) -> None:
+        features, coordinates, _, _ = asset_parts()
+        made = decoder(Task.ASSET_UNDERSTANDING, replace(SMALL, turned=True, require_caption=False))
+        seen = set()
+        for epoch in range(60):
+            item = made(raw_asset(), epoch)
+            assert item.coordinates is not None
+            assert item.features is not None
+            assert torch.equal(item.features.float() / 255, features)
+            turned = item.coordinates.to(coordinates.dtype)
+            assert torch.equal(turned[:, 2], coordinates[:, 2])
+            distances = [torch.cdist(places.double(), places.double()) for places in (turned, coordinates)]
+            torch.testing.assert_close(*distances)
+            assert int(turned.min()) >= 0
+            seen.add(tuple(map(tuple, turned.tolist())))
+        assert len(seen) == 8
+        for task, settings in (
+            (Task.ASSET_UNDERSTANDING, replace(EVALUATION, turned=True, require_caption=False)),
+            (Task.ASSET_RECONSTRUCTION, replace(SMALL, turned=True)),
+        ):
+            unturned = decoder(task, settings)(raw_asset(), 3).coordinates
+            assert unturned is not None
+            assert torch.equal(unturned.to(coordinates.dtype), coordinates)
+
     @pytest.mark.parametrize("extension", ["voxels.safetensors", "views.webp", "json"])
     @given(place=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=6))
     @settings(max_examples=30, deadline=None)

@@ -27,7 +27,7 @@ from tokenizer.megatron.cpu import on_cpu
 from tokenizer.megatron.engine import load_megatron
 from tokenizer.megatron.exchange import native_state
 from tokenizer.model.atoken import ATokenNetwork, Encoding
-from tokenizer.model.config import ATokenConfig, FSQConfig, SkipConfig, TransformerConfig
+from tokenizer.model.config import ATokenConfig, FSQConfig, RefinerConfig, SkipConfig, TransformerConfig
 from tokenizer.sparse import SparseTokens
 
 CONFIG = ATokenConfig(
@@ -38,7 +38,10 @@ CONFIG = ATokenConfig(
     decoder=TransformerConfig(width=48, depth=2, heads=2, mlp_width=64, norm="rms", bias=False, qk_norm=True),
 )
 DISCRETE = replace(
-    CONFIG, quantizer=FSQConfig(codebook_size=4096, codebooks=2), skip=SkipConfig(still_codes=3, clip_codes=2)
+    CONFIG,
+    quantizer=FSQConfig(codebook_size=4096, codebooks=2),
+    skip=SkipConfig(still_codes=3, clip_codes=2),
+    refiner=RefinerConfig(width=4, depth=1),
 )
 
 Report = Callable[[str, float], None]

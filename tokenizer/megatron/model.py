@@ -32,10 +32,11 @@ from tokenizer.model.atoken import Encoding
 from tokenizer.model.config import ATokenConfig, TransformerConfig
 from tokenizer.model.encoder import AttentionPool
 from tokenizer.model.piecewise import make_skip
-from tokenizer.model.plan import item_segments
+from tokenizer.model.plan import item_segments, tile_plan
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
 from tokenizer.model.precision import full_precision
+from tokenizer.model.refiner import make_refiner
 from tokenizer.model.rope import rotary_table
 from tokenizer.quantizers import Quantizer, make_quantizer
 from tokenizer.sparse import SparseTokens
@@ -155,6 +156,7 @@ class MegatronAToken(MegatronModule):  # type: ignore[misc]
         has_decoder = post_process and config.decoder is not None
         self.decoder = DecoderPart(config, parallel, dtype, device) if has_decoder else None
         self.skip = make_skip(config)
+        self.refiner = make_refiner(config) if has_decoder else None
         self.quantizer: Quantizer | None = (
             make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
         )
@@ -218,6 +220,9 @@ class MegatronAToken(MegatronModule):  # type: ignore[misc]
         patches = self.decoder.to_patches(self.decoder.run(latents.features, self._packing(latents), read))
         if self.skip is not None:
             patches = patches + self.skip.decode(latents.features)
+        if self.refiner is not None:
+            still = self.skip.is_still(latents.features) if self.skip is not None else None
+            patches = self.refiner(patches, tile_plan(latents, self.network_config.tile_steps), still)
         return latents.with_features(patches)
 
     def _packing(self, tokens: SparseTokens) -> Packing:

@@ -47,6 +47,7 @@ TABLE = (
     Row("encoder.to_posterior.weight", "encoder.to_posterior.weight"),
     Row("decoder.to_patches.weight", "decoder.to_patches.weight"),
     Row("skip.*", "skip.*"),
+    Row("refiner.*", "refiner.*"),
 )
 
 ENGINE_NAMES = {
@@ -67,7 +68,7 @@ class Weight:
 
     @property
     def part(self) -> str:
-        """encoder, decoder or skip."""
+        """encoder, decoder, skip or refiner."""
         return self.native.split(".")[0]
 
 

@@ -30,7 +30,7 @@ from tokenizer.megatron.config import ParallelConfig
 from tokenizer.megatron.trained import trained_name
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.model import PARTS, part_of
-from tokenizer.training.curriculum.optimization import decays, group_of
+from tokenizer.training.curriculum.optimization import decays, group_of, rate_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,6 @@ class Piece:
     name: str
     main: Tensor
     counted: bool
-
-
-def rate_factors(settings: OptimizerSettings) -> dict[str, float]:
-    """Factors of the learning rate by group (`tokenizer.training.curriculum.optimization.GROUPS`)."""
-    return {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}
 
 
 def make_optimizer(wrapped: Any, settings: OptimizerSettings, parallel: ParallelConfig) -> Any:

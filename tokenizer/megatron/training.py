@@ -44,7 +44,6 @@ from tokenizer.megatron.optimizer import (
     make_optimizer,
     one_count,
     pieces_of,
-    rate_factors,
     set_counts,
     set_rates,
 )
@@ -56,7 +55,7 @@ from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.engine import Outcome
 from tokenizer.training.curriculum.model import Outputs, TrainedModel, save_trained
 from tokenizer.training.curriculum.objective import Objective
-from tokenizer.training.curriculum.optimization import group_of, rate_at
+from tokenizer.training.curriculum.optimization import group_of, rate_at, rate_factors
 from tokenizer.training.curriculum.preparation import Prepared
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.tasks import is_understanding

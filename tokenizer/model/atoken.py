@@ -24,6 +24,7 @@ from tokenizer.model.piecewise import make_skip
 from tokenizer.model.plan import Plan, item_segments, tile_plan
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
+from tokenizer.model.refiner import make_refiner
 from tokenizer.model.transformer import Block, BlockCache, Observer, Transformer
 from tokenizer.quantizers import Quantized, Quantizer, make_quantizer
 from tokenizer.sparse import SparseTokens
@@ -77,6 +78,7 @@ class ATokenNetwork(nn.Module):
         self.encoder = Encoder(config.encoder, patch, latent)
         self.decoder = Decoder(config.decoder, latent, patch) if config.decoder is not None else None
         self.skip = make_skip(config)
+        self.refiner = make_refiner(config)
         self.quantizer: Quantizer | None = (
             make_quantizer(config.quantizer, config.latent_channels) if config.quantizer is not None else None
         )
@@ -150,7 +152,11 @@ class ATokenNetwork(nn.Module):
         assert self.decoder is not None
         read = self.skip.read(latents) if self.skip is not None else None
         patches: Tensor = self.decoder(latents, plan, caches, observe, read)
-        return patches if self.skip is None else patches + self.skip.decode(latents)
+        if self.skip is not None:
+            patches = patches + self.skip.decode(latents)
+        if self.refiner is not None:
+            patches = self.refiner(patches, plan, self.skip.is_still(latents) if self.skip is not None else None)
+        return patches
 
     def checked_latents(self, latents: SparseTokens) -> SparseTokens:
         """`latents` as the decoder reads them: indices turned into values, cast to the model's dtype, checked."""
@@ -210,3 +216,5 @@ class ATokenNetwork(nn.Module):
                 for layer in (block.attention.out, block.mlp.down):
                     layer.weight.mul_((2 * stack.config.depth) ** -0.5)
         nn.init.normal_(self.encoder.pool.probe, std=0.02, generator=generator)
+        if self.refiner is not None:
+            self.refiner.reset_parameters(generator)

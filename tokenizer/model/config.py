@@ -78,6 +78,24 @@ class SkipConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefinerConfig:
+    """Convolutions over decoded pixels (`tokenizer.model.refiner`).
+
+    width: channels of a cell.
+    depth: convolutions between the one that reads pixels and the one that writes them.
+    fold: a cell is fold x fold pixels.
+    """
+
+    width: int
+    depth: int
+    fold: int = 2
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.depth < 0 or self.fold < 1:
+            raise InputError(f"a refiner needs a width and fold of at least 1 and no negative depth, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ATokenConfig:
     """A whole AToken network.
 
@@ -86,6 +104,7 @@ class ATokenConfig:
     latent_channels: channels of a latent; the encoder writes twice as many (mean and log-variance).
     tile_frames: frames that attend to each other; longer videos are cut into tiles of this many (FORMAT 10).
     skip: a piecewise linear code beside the transformers (`tokenizer.model.piecewise`); released models have none.
+    refiner: convolutions over decoded pixels (`tokenizer.model.refiner`); released models have none.
     """
 
     name: str
@@ -96,6 +115,7 @@ class ATokenConfig:
     quantizer: FSQConfig | None = None
     tile_frames: int = 16
     skip: SkipConfig | None = None
+    refiner: RefinerConfig | None = None
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -109,6 +129,8 @@ class ATokenConfig:
                 f"tile_frames must be a positive multiple of the {self.patch_size[0]} frames of a patch, "
                 f"got {self.tile_frames}"
             )
+        if self.refiner is not None and any(side % self.refiner.fold for side in self.patch_size[1:]):
+            raise InputError(f"patches of {self.patch_size} cannot be cut into cells of {self.refiner.fold} pixels")
         if self.skip is not None and self.quantizer is not None and self.quantizer.codebook_size != 4096:
             raise InputError(
                 "linear codes beside a quantiser need FSQ with 4 levels, so codebook_size 4096, "
@@ -148,8 +170,9 @@ BASE = ATokenConfig(name="atoken-base", encoder=_encoder(768, 12, 12, 3072), dec
 NANO = ATokenConfig(
     name="atoken-nano",
     encoder=_encoder(256, 2, 8, 640),
-    decoder=_decoder(256, 3, 8, 768),
+    decoder=_decoder(256, 3, 8, 704),
     skip=SkipConfig(still_codes=12, clip_codes=4, linked=True),
+    refiner=RefinerConfig(width=48, depth=3),
 )
 
 CONFIGS: dict[str, ATokenConfig] = {

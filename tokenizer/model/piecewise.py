@@ -174,16 +174,24 @@ class PiecewiseLinearCode(nn.Module):
         chosen, slots = self._slots(latents)
         return slots.flatten(1) @ self.links.reads.flatten(0, 1) + chosen @ self.links.biases
 
+    def is_still(self, latents: Tensor) -> Tensor:
+        """bool [N]: tokens [N, C] that carry a single frame."""
+        return self._numbers(latents) < len(self.stills.mean)
+
+    def _numbers(self, latents: Tensor) -> Tensor:
+        """[N, C] -> number of each token's code, [N]."""
+        distance = (latents[:, : self.digits, None] - self.read_levels.to(latents.dtype)).abs()
+        digits = distance.argmin(dim=-1)
+        number = sum(digits[:, i] * BASE**i for i in range(self.digits))
+        assert isinstance(number, Tensor)
+        return number.clamp_max(self.total - 1)
+
     def _slots(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Which code each token has, one-hot [N, K], and its coefficients in that code's place [N, K, c].
 
         So one dense product serves all tokens without sorting.
         """
-        distance = (latents[:, : self.digits, None] - self.read_levels.to(latents.dtype)).abs()
-        digits = distance.argmin(dim=-1)
-        number = sum(digits[:, i] * BASE**i for i in range(self.digits))
-        assert isinstance(number, Tensor)
-        chosen = torch.nn.functional.one_hot(number.clamp_max(self.total - 1), self.total).to(latents.dtype)
+        chosen = torch.nn.functional.one_hot(self._numbers(latents), self.total).to(latents.dtype)
         return chosen, chosen[:, :, None] * latents[:, None, self.digits :]
 
     def _codes_of(self, patches: Tensor, still: Tensor) -> tuple[Tensor, Tensor]:

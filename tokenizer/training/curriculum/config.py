@@ -97,6 +97,7 @@ class OptimizerSettings:
     decay_fraction: of a run, how much of it a plateau falls in.
     encoder_lr_factor: of the rate of the encoder's transformer and pool.
     codes_lr_factor: of the rate of the linear codes of small models; 0 keeps them as they are.
+    refiner_lr_factor: of the rate of the convolutions behind small models' decoders.
     muon_lr: peak rate of Muon, which then trains the matrices inside the transformers' blocks; by default AdamW trains
         all.
     plain_lr: peak rate of what is not decayed (biases, norms, scales, position tables); by default `lr`.
@@ -113,6 +114,7 @@ class OptimizerSettings:
     weight_decay: float = 0.1
     encoder_lr_factor: float = 0.1
     codes_lr_factor: float = 0.1
+    refiner_lr_factor: float = 1.0
     muon_lr: float | None = None
     plain_lr: float | None = None
     max_grad_norm: float = 1.0
@@ -127,7 +129,7 @@ class OptimizerSettings:
             raise InputError(f"optimizer.decay_fraction must lie in 0..1 and above 0, got {self.decay_fraction}")
         if any(rate is not None and not rate > 0 for rate in (self.muon_lr, self.plain_lr)):
             raise InputError(f"optimizer.muon_lr and plain_lr must be above 0, or left out, got {self}")
-        if min(self.encoder_lr_factor, self.codes_lr_factor, self.weight_decay) < 0:
+        if min(self.encoder_lr_factor, self.codes_lr_factor, self.refiner_lr_factor, self.weight_decay) < 0:
             raise InputError(f"the factors and weight_decay of the optimizer must not be negative, got {self}")
 
 

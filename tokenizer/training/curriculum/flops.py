@@ -1,10 +1,10 @@
 """How many operations a step takes, and how many a device can do: the utilisation that logs show.
 
-Counted are matrix products, two operations for each multiply-add: linear layers, position tables, linear codes, and
-attention over whole segments or inside windows. A layer's backward pass is twice its forward pass; of what reads pixels
-it is once, since nobody asks for the gradient of a pixel. Counted is what a task needs: the network pools and writes
-posteriors for every task, and what no loss reads is left out. So are frozen networks (text towers, LPIPS) and
-rasterising: what is shown is the share of the device that works on the model.
+Counted are matrix products, two operations for each multiply-add: linear layers, convolutions, position tables, linear
+codes, and attention over whole segments or inside windows. A layer's backward pass is twice its forward pass; of what
+reads pixels it is once, since nobody asks for the gradient of a pixel. Counted is what a task needs: the network pools
+and writes posteriors for every task, and what no loss reads is left out. So are frozen networks (text towers, LPIPS)
+and rasterising: what is shown is the share of the device that works on the model.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Work:
         self._codes = dict.fromkeys((False, True), 0)
         if network.skip is not None:
             self._codes = {clips: _codes_work(network, clips) for clips in self._codes}
+        self._refine = PASSES * _refiner_work(network)
         self._pool = PASSES * _weights(pool.key_value)
         # The query of the pool runs once a batch, its output and MLP once an item.
         self._batch = PASSES * _weights(pool.query)
@@ -89,12 +90,16 @@ class Work:
             weights += rows * self._pool + tokens.batch_size * self._item + self._batch
             attention += rows * PASSES * 2 * config.encoder.width
         else:
-            weights += rows * (self._reconstruct + self._codes[is_video(task)])
+            weights += rows * (self._reconstruct + self._codes[is_video(task)] + self._frames(task) * self._refine)
             attention += pairs * (_per_pair(config.decoder) if config.decoder is not None else 0)
         if task == ASSET_RECONSTRUCTION and self.gaussians is not None:
             weights += rows * self._gaussians
             attention += self._window_pairs(tokens) * PASSES * 2 * self.gaussians.width
         return Count(2.0 * weights, 2.0 * attention)
+
+    def _frames(self, task: str) -> int:
+        """Frames of a token that are refined."""
+        return self.config.patch_size[0] if is_video(task) else 0 if task == ASSET_RECONSTRUCTION else 1
 
     def _window_pairs(self, tokens: SparseTokens) -> int:
         """Pairs of voxels in a window, in all blocks of the Gaussian decoder; windows of odd blocks are shifted."""
@@ -120,6 +125,14 @@ def _per_pair(config: TransformerConfig) -> int:
 
 def _weights(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def _refiner_work(network: ATokenNetwork) -> int:
+    """Multiply-adds of a frame of a token in the refiner's convolutions."""
+    if network.refiner is None:
+        return 0
+    cells = network.refiner.place[0].numel()
+    return cells * sum(layer.weight.numel() for layer in network.refiner.convolutions())
 
 
 def _codes_work(network: ATokenNetwork, clips: bool) -> int:

@@ -14,7 +14,7 @@ from tokenizer.training.curriculum.model import PARTS, part_of
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.muon import Muon
 
-GROUPS = ("encoder", "codes", "rest")
+GROUPS = ("encoder", "codes", "refiner", "rest")
 """Groups of learning rates, as logs name them."""
 
 
@@ -34,7 +34,7 @@ def make_optimizers(
         if not parameter.requires_grad:
             continue
         rate = group_of(name)
-        if _factors(settings)[rate] == 0:
+        if rate_factors(settings)[rate] == 0:
             parameter.requires_grad_(False)
             continue
         groups.setdefault((rate, _sort(name, parameter, settings)), []).append(parameter)
@@ -56,9 +56,14 @@ def make_optimizers(
     return optimizers
 
 
-def _factors(settings: OptimizerSettings) -> dict[str, float]:
-    """Of the learning rate, by the group that a parameter belongs to; 0 leaves it as it is."""
-    return {"encoder": settings.encoder_lr_factor, "codes": settings.codes_lr_factor, "rest": 1.0}
+def rate_factors(settings: OptimizerSettings) -> dict[str, float]:
+    """Factors of the learning rate by group (`GROUPS`); 0 leaves parameters as they are."""
+    return {
+        "encoder": settings.encoder_lr_factor,
+        "codes": settings.codes_lr_factor,
+        "refiner": settings.refiner_lr_factor,
+        "rest": 1.0,
+    }
 
 
 def _sort(name: str, parameter: Tensor, settings: OptimizerSettings) -> str:
@@ -70,10 +75,10 @@ def _sort(name: str, parameter: Tensor, settings: OptimizerSettings) -> str:
 
 def _factor(rate: str, sort: str, settings: OptimizerSettings) -> float:
     """Of the scheduled learning rate."""
-    factor = _factors(settings)[rate]
+    factor = rate_factors(settings)[rate]
     if sort == "muon" and settings.muon_lr is not None:
         return factor * settings.muon_lr / settings.lr
-    if sort == "plain" and rate != "codes" and settings.plain_lr is not None:
+    if sort == "plain" and rate not in ("codes", "refiner") and settings.plain_lr is not None:
         return factor * settings.plain_lr / settings.lr
     return factor
 
@@ -85,13 +90,16 @@ def group_of(name: str) -> str:
     """
     if name.startswith(("network.encoder.transformer.", "network.encoder.pool.")):
         return "encoder"
+    if name.startswith("network.refiner."):
+        return "refiner"
     return "codes" if name.startswith("network.skip.") and ".links." not in name else "rest"
 
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether a parameter of a `TrainedModel`, or a share of one, is decayed."""
     # Scales of the QK norm are [heads, channels], the position table [256, channels]: no matrices of a layer.
-    return parameter.ndim >= 2 and not name.endswith((".scale", "positions.weight")) and ".skip." not in name
+    plain = name.endswith((".scale", "positions.weight", "refiner.place")) or ".skip." in name
+    return parameter.ndim >= 2 and not plain
 
 
 def rate_at(step: int, steps: int, settings: OptimizerSettings) -> float:
