@@ -65,8 +65,8 @@ class DecodeSettings:
     fps, max_frames: of clips that are understood.
     max_voxels: of an asset that is understood, how many are kept in training, drawn anew in each epoch; a category is
         seen in a part of them too, and a small model learns from more assets in the same time. None: all.
-    min_voxels: with it, how many are kept is drawn too, from here to `max_voxels`, small numbers more often; a model that
-        has seen one number alone has seen no asset as it is.
+    min_voxels: with it, how many are kept is drawn too, from here to `max_voxels`, small numbers more often; a model
+        that has seen one number alone has seen no asset as it is.
     turned: in training, see an asset that is understood mirrored and turned by quarters about its vertical axis, one
         of the eight ways an epoch. Its voxels change places; what each shows stays as it is.
     views: of an asset that is reconstructed, how many a loss compares with; all where it has fewer.

@@ -318,11 +318,11 @@ class TestAssets:
             assert int(turned.min()) >= 0
             seen.add(tuple(map(tuple, turned.tolist())))
         assert len(seen) == 8
-        for task, settings in (
+        for task, others in (
             (Task.ASSET_UNDERSTANDING, replace(EVALUATION, turned=True, require_caption=False)),
             (Task.ASSET_RECONSTRUCTION, replace(SMALL, turned=True)),
         ):
-            unturned = decoder(task, settings)(raw_asset(), 3).coordinates
+            unturned = decoder(task, others)(raw_asset(), 3).coordinates
             assert unturned is not None
             assert torch.equal(unturned.to(coordinates.dtype), coordinates)
 
