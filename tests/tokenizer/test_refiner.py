@@ -157,7 +157,7 @@ def test_a_fresh_refiner_adds_nothing_and_learns() -> None:
     for _ in range(30):
         loss = F.mse_loss(refiner(batch.features, plan, None), target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.tokenizer.curriculum_data import lines
+from tokenizer.training.curriculum import curves
+from tokenizer.training.curriculum.curves import read_stages
 from tokenizer.training.curriculum.records import METRICS, SPEED, TENSORBOARD, Records
 
 Curves = dict[str, dict[int, float]]
@@ -32,14 +36,14 @@ def scalars(run: Path, *, wall: bool = False) -> Curves:
 
 def written(run: Path) -> Curves:
     """The same of its JSONL files, as float32, which TensorBoard keeps."""
-    curves: Curves = {}
+    found: Curves = {}
     for file in (METRICS, SPEED):
         for line in lines(run / file):
             for name, value in line.items():
                 if name != "step":
                     number = math.nan if value is None else float(np.float32(value))
-                    curves.setdefault(name, {})[line["step"]] = number
-    return curves
+                    found.setdefault(name, {})[line["step"]] = number
+    return found
 
 
 needs_tensorboard = pytest.mark.skipif(
@@ -93,3 +97,42 @@ def test_without_tensorboard_one_line_says_so(
     assert said == ["tensorboard is not installed (pip install -e '.[train]'): curves go to the JSONL files alone"]
     assert lines(tmp_path / METRICS) == [{"step": 1, "loss": 0.5}]
     assert not (tmp_path / TENSORBOARD).exists()
+
+
+def _log(run: Path, lines: list[dict[str, object]]) -> Path:
+    run.mkdir()
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_curves_of_stages_follow_each_other(tmp_path: Path) -> None:
+    first = _log(
+        tmp_path / "one",
+        [
+            {"step": 0, "validation/photographs/psnr": 20.0},
+            {"step": 10, "loss": 4.0, "validation/photographs/psnr": 22.0},
+            {"step": 20, "loss": 2.0, "validation/photographs/psnr": None},
+        ],
+    )
+    second = _log(
+        tmp_path / "two",
+        [{"step": 5, "loss": 6.0, "validation/chairs/accuracy": 0.5, "validation/chairs/majority": 0.25}],
+    )
+    stages = read_stages([first, second])
+    assert stages.starts == [(0, "one"), (20, "two")]
+    loss, photographs, accuracy = stages.panels
+    assert loss.lines == {"loss": [(10, 4.0), (20, 3.0), (25, 6.0)]}
+    assert photographs.lines == {"photographs": [(0, 20.0), (10, 22.0)]}
+    assert accuracy.lines == {"chairs": [(25, 0.5)]}
+    assert accuracy.dashed == {"chairs": 0.25}
+    assert curves.main([str(first), str(second), "--out", str(tmp_path / "curves.png")]) == 0
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 800
+
+
+def test_curves_without_a_log_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert curves.main([str(tmp_path), "--out", str(tmp_path / "curves.png")]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "is not the log of a run" in message
+    assert not (tmp_path / "curves.png").exists()
