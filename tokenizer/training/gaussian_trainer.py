@@ -129,9 +129,7 @@ class GaussianTrainer:
             InputError: too many steps in a row with a loss or gradient that is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        step = load_state(
-            self.folder, self.decoder, self.average, self.optimizers, self.generator, self.settings
-        )
+        step = load_state(self.folder, self.decoder, self.average, self.optimizers, self.generator, self.settings)
         forget_log_after(self.folder / LOG_FILE, step)
         if step == 0:
             self._start()
