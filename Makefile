@@ -37,15 +37,17 @@ bench: $(READY)
 
 nano: $(READY)
 	scripts/install_data.sh $(BIN)/python
-	$(BIN)/python -m data.sources.nano --out datasets/nano --seed 0
-	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano.yaml
-	$(BIN)/python -m tokenizer.training --config configs/tokenizer/nano-d.yaml
-	$(BIN)/python -m tokenizer.evaluation.nano --model runs/nano/model --data datasets/nano --out runs/nano/evaluation
-	$(BIN)/python -m tokenizer.evaluation.nano --model runs/nano-d/model --data datasets/nano --out runs/nano-d/evaluation
-	$(BIN)/python -m data.sources.furniture --out datasets/furniture
-	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml model=runs/nano/model
-	$(BIN)/python -m tokenizer.evaluation.assets --model runs/nano/model --gaussians runs/nano-gaussians/gaussians \
-		--data datasets/furniture --out runs/nano-gaussians/evaluation
+	ATOKEN=$(BIN)/atoken scripts/build_nano_data.sh
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage1.yaml
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage2.yaml
+	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml \
+		model=runs/nano-stage2/model
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage3.yaml
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage4.yaml
+	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
+		--data packaged --preset nano --linear tests/linear_code.npz --out runs/nano-evaluation
+	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
+		--data datasets/furniture --out runs/nano-evaluation-3d
 
 # torch comes first and alone, so that no other package chooses a build of it; everything later is constrained to it.
 # The last ones are installed for the data in them, without what they import: LPIPS weights, test clips, a text encoder,

@@ -171,7 +171,7 @@ def _names_shards(spec: str) -> bool:
     path = Path(spec)
     if path.name == MANIFEST:
         return True
-    # A manifest alone may be that of something else, such as a training store.
+    # A manifest alone may be that of something else, such as a store of furniture.
     return path.is_dir() and any(path.glob("*.tar"))
 
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: tests, parity on the device, speed, and a longer training of nano if there is
-# time. Run from the repository root on a CUDA machine, inside the environment that has torch:
-#   scripts/gpu_pass.sh RESULTS [STORE] [STEPS] [ASSETS]
-# RESULTS is the folder for logs and figures; STORE a training store (python -m data.sources.nano), STEPS how long to train;
-# ASSETS a store of rendered assets (python -m data.sources.furniture).
+# time. Run from the repository root on a CUDA machine, inside the environment that has torch and this project:
+#   scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]
+# RESULTS is the folder for logs and figures; SETS the training sets (scripts/build_nano_data.sh makes datasets/sets),
+# STEPS how long stage 2 trains, the other stages in proportion; ASSETS a store of rendered assets
+# (python -m data.sources.furniture), for the Gaussian decoder that stage 3 starts from.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-results=${1:?usage: scripts/gpu_pass.sh RESULTS [STORE] [STEPS]}
-store=${2:-}
+results=${1:?usage: scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]}
+sets=${2:-}
 steps=${3:-20000}
 assets=${4:-}
 mkdir -p "$results"
@@ -35,17 +36,43 @@ run fp8-compiled python3 -m benchmarks.fp8 --device cuda --compile --backend tor
     --out "$results/fp8-compiled-$device.json"
 run training python3 -m benchmarks.training --device cuda --fp8 --micro-batches 2 --out "$results/training-$device.json"
 run evaluation python3 -m benchmarks.evaluation --device cuda --out "$results/evaluation-$device.json"
-if [ -n "$store" ]; then
-    run train python3 -m tokenizer.training --config configs/tokenizer/nano.yaml --device cuda \
-        data="$store" out="$results/nano" steps="$steps" batch.images=128 batch.clips=24
-    run train-d python3 -m tokenizer.training --config configs/tokenizer/nano-d.yaml --device cuda \
-        data="$store" out="$results/nano-d" initialise="$results/nano/model" steps=$((steps / 3)) \
-        batch.images=128 batch.clips=24
-fi
-if [ -n "$assets" ]; then
-    run train-3d python3 -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml \
-        --device cuda data="$assets" out="$results/nano-gaussians" steps="$steps" views=4
-    run measure-3d python3 -m tokenizer.evaluation.assets --model atoken-nano --device cuda \
-        --gaussians "$results/nano-gaussians/gaussians" --data "$assets" --out "$results/nano-gaussians/evaluation"
+
+stage() { # number, steps, key=value...: trains a stage of nano on $sets
+    local number=$1 length=$2
+    shift 2
+    # Shards are named in a list, where key=value does not reach.
+    sed "s#datasets/sets#$sets#" "configs/tokenizer/stages/nano-stage$number.yaml" >"$results/nano-stage$number.yaml"
+    run "train-stage$number" python3 -m tokenizer.training.curriculum --config "$results/nano-stage$number.yaml" \
+        --device cuda out="$results/nano-stage$number" steps="$length" precision=bf16 perceptual_images=16 \
+        checkpoint.every=500 validation.every=1000 log.pictures_every=2000 "$@"
+}
+
+measure() { # name, options...: of the continuous model and the discrete one
+    local name=$1
+    shift
+    run "measure-$name" python3 -m tokenizer.cli evaluate --device cuda --out "$results/nano-evaluation-$name" \
+        --model "$results/nano-stage3/model" --model "$results/nano-stage4/model" "$@"
+}
+
+if [ -n "$sets" ]; then
+    # Tokens of a step, eight times as many as on a CPU (of assets four times).
+    budgets=(data.budgets.image_understanding=4096 data.budgets.image_reconstruction=8192)
+    stage 1 $((steps * 3 / 10)) "${budgets[@]}"
+    budgets+=(data.budgets.video_understanding=8192 data.budgets.video_reconstruction=4608)
+    stage 2 "$steps" start.source="$results/nano-stage1" "${budgets[@]}"
+    gaussians=null
+    if [ -n "$assets" ]; then
+        gaussians=$results/nano-gaussians
+        run train-gaussians python3 -m tokenizer.training.gaussian_trainer --device cuda \
+            --config configs/tokenizer/nano-gaussians.yaml model="$results/nano-stage2/model" data="$assets" \
+            out="$gaussians" steps="$steps" views=4
+    fi
+    budgets+=(data.budgets.asset_understanding=16384 data.budgets.asset_reconstruction=12288)
+    stage 3 $((steps * 7 / 10)) start.source="$results/nano-stage2" start.gaussians="$gaussians" "${budgets[@]}"
+    stage 4 $((steps * 3 / 10)) start.source="$results/nano-stage3" "${budgets[@]}"
+    measure pictures --data packaged --preset nano --linear tests/linear_code.npz
+    if [ -n "$assets" ]; then
+        measure assets --data "$assets"
+    fi
 fi
 exit $failed

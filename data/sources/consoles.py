@@ -5,13 +5,10 @@ For training only: the frames show copyrighted games and are never redistributed
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +21,11 @@ GAMES = (
     "crazy_climber", "demon_attack", "enduro", "freeway", "frostbite", "hero", "jamesbond", "kung_fu_master",
     "montezuma_revenge", "ms_pacman", "phoenix", "pitfall", "pooyan", "riverraid", "road_runner", "seaquest",
 )  # fmt: skip
-FRAMES = 32
 _WARM_UP = 240
 _HOLD = 4
 
 
-def play(rom: str, seed: int, frames: int = FRAMES) -> NDArray[np.uint8]:
+def play(rom: str, seed: int, frames: int) -> NDArray[np.uint8]:
     """Play one game with random held actions and return uint8 [frames, 210, 160, 3] (every second one, 30 a second).
 
     Run it in a process of its own: the emulator keeps state for the whole process.
@@ -74,15 +70,6 @@ def play_alone(rom: str, seed: int, frames: int) -> NDArray[np.uint8]:
             raise InputError(f"{rom}: the emulator does not run this cartridge ({reason.strip()})")
         played: NDArray[np.uint8] = np.load(out)
     return played
-
-
-def play_all(roms: dict[str, Path], seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Yield (game, clip) for every game of `roms`, each played in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
-        jobs = {game: pool.submit(play, str(path), seed + number) for number, (game, path) in enumerate(roms.items())}
-        for game, job in jobs.items():
-            yield game, job.result()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from data.shards.manifest import ShardSet, read_set
 from data.shards.reader import read_shard
 from data.sources import camera_set, catalogue, emoji, fashion, furniture, games
 from data.sources.consoles import play_alone
-from data.sources.packages import CONSOLES, EVALUATION_ONLY, FILMS, Package, install_hint
+from data.sources.packages import CONSOLES, EVALUATION_ONLY, FILMS, Package, install_hint, missing_packages
 from data.sources.sets import Options
 from tests.data.small_packages import make_packages
 from tokenizer.errors import InputError
@@ -167,12 +167,15 @@ def test_emoji_from_an_archive_or_folder_without_the_package(
         _build("emoji", tmp_path / "nothing", source_path=tmp_path)
 
 
-@pytest.mark.usefixtures("packages")
-def test_evaluation_files_never_enter_training(tmp_path: Path) -> None:
+def test_evaluation_files_never_enter_training(packages: Path, tmp_path: Path) -> None:
+    # Also where the other photographs lie, which the camera moves over.
+    Image.new("RGB", (300, 200)).save(packages / "mate-backgrounds/nature/flower.jpg")
     written = _build("photographs", tmp_path / "out")
     files = {s: {Path(r.facts()["file"]).name for r in _samples(shards).values()} for s, shards in written.items()}
     assert not files["train"] & EVALUATION_ONLY
     assert files["evaluation"] == EVALUATION_ONLY - {"bikes.mp4"}
+    moved = [r.facts()["pictures"] for r in _samples(_build("camera", tmp_path / "camera")["train"]).values()]
+    assert not {Path(name).name for names in moved for name in names} & EVALUATION_ONLY
     films = _build("clips", tmp_path / "films")
     assert {r.facts()["film"] for r in _samples(films["train"]).values()} == set(FILMS)
     assert {r.facts()["film"] for r in _samples(films["evaluation"]).values()} == {"bikes.mp4"}
@@ -304,6 +307,13 @@ def test_commands_of_one_installer_are_joined() -> None:
         [*packages, Package("c", "pip install c", "MIT"), Package("d", "pip install --no-deps d", "MIT")]
     )
     assert hint == "apt-get install a b && pip install c && pip install --no-deps d"
+
+
+def test_a_package_that_is_not_installed_is_found_missing() -> None:
+    here = Package("numpy", "pip install numpy", "BSD", module="numpy")
+    gone = Package("no-such-package-here", "pip install x", "none", module="no_such_package_here")
+    debian = Package("no-such-package-here", "apt-get install x", "none")
+    assert missing_packages([here, gone, debian]) == [gone, debian]
 
 
 def test_npm_packages_are_found_from_the_working_directory_upwards(

@@ -13,18 +13,24 @@ from tokenizer.checkpoints import bundled_models
 from tokenizer.config import config_to_dict, load_config, parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.model.config import CONFIGS, NANO, ATokenConfig, FSQConfig
-from tokenizer.training.config import TrainConfig
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.gaussian_trainer import GaussianTrainConfig
 
 ROOT = Path(__file__).parents[2]
-RUN = {"model": "nano", "name": "x", "steps": 5}
+RUN = """model: nano
+name: x
+stage: {number: 1, name: first}
+steps: 5
+out: runs/x
+data: {sources: []}
+optimizer: {lr: 1.0e-3}
+"""
 
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text("model: nano\nname: x\nsteps: 5\noptimizer: {lr: 1.0e-3}\n")
+    path.write_text(RUN)
     return path
 
 
@@ -48,19 +54,19 @@ def test_runs_in_the_repository_can_be_read(path: Path) -> None:
         assert decoder.model in bundled_models()
         assert parse_config(GaussianTrainConfig, config_to_dict(decoder), "again") == decoder
         return
-    kind = RunConfig if path.parent.name in ("stages", "ablations") else TrainConfig
-    config = load_config(kind, path)
-    assert parse_config(kind, config_to_dict(config), "again") == config
+    config = load_config(RunConfig, path)
+    assert parse_config(RunConfig, config_to_dict(config), "again") == config
 
 
 def test_overrides_reach_every_depth(run_file: Path) -> None:
-    overrides = ["steps=7", "optimizer.muon_lr=2e-3", "batch.image_sides=[32, 48]", "quantizer.codebooks=4", "name=a=b"]
-    config = load_config(TrainConfig, run_file, overrides)
+    overrides = ["steps=7", "optimizer.muon_lr=2e-3", "optimizer.betas=[0.8, 0.9]", "quantizer.codebooks=4"]
+    config = load_config(RunConfig, run_file, [*overrides, "data.budgets.video=32", "name=a=b"])
     assert (config.steps, config.optimizer.lr, config.optimizer.muon_lr) == (7, 1e-3, 2e-3)
-    assert config.batch.image_sides == (32, 48)
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.data == {"sources": [], "budgets": {"video": 32}}
     assert config.quantizer == FSQConfig(codebooks=4)
     assert config.name == "a=b"
-    assert load_config(TrainConfig, run_file, ["quantizer.codebooks=4", "quantizer=null"]).quantizer is None
+    assert load_config(RunConfig, run_file, ["quantizer.codebooks=4", "quantizer=null"]).quantizer is None
 
 
 def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
@@ -75,7 +81,7 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
         ("stepz=1", "unknown key 'stepz'; did you mean 'steps'?"),
         ("optimizer.warmpu=1", "unknown key 'optimizer.warmpu'; did you mean 'optimizer.warmup'?"),
         ("quantizer.codebook=1", "unknown key 'quantizer.codebook'; did you mean 'quantizer.codebooks'?"),
-        ("loss.zzzzzz=1", "unknown key 'loss.zzzzzz'; known keys: l1, l2"),
+        ("loss.zzzzzz=1", "unknown key 'loss.zzzzzz'; known keys: "),
         ("steps", "'steps' is not an override; write key=value"),
         ("=3", "'=3' is not an override; write key=value"),
         ("steps.more=3", "steps.more=3: 'steps' is a value, not a group of settings"),
@@ -83,18 +89,18 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
         ("steps=many", "steps: Input should be a valid integer"),
         ("steps=", "steps: Input should be a valid integer"),
         ("steps=0", "steps must be at least 1, got 0"),
-        ("code_iterations=0", "code_iterations must be at least 1, got 0"),
-        ("save_every=0", "save_every must be at least 1, got 0"),
+        ("start={kind: codes, iterations: 0}", "start.iterations at least 1"),
+        ("checkpoint.every=0", "checkpoint.every must be at least 1, got 0"),
         ("seed=-1", "seed must not be negative, got -1"),
         ("precision=fp8", "precision: Input should be 'fp32' or 'bf16'"),
         ("optimizer=fast", "optimizer: Input should be a dictionary"),
         ("optimizer.lr=high", "optimizer.lr: Input should be a valid number"),
-        ("batch.images=-1", "must not be negative"),
+        ("optimizer.weight_decay=-1", "must not be negative"),
     ],
 )
 def test_bad_overrides(run_file: Path, override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        load_config(TrainConfig, run_file, [override])
+        load_config(RunConfig, run_file, [override])
     assert message in one_line(error)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,24 +116,36 @@ def test_a_start_needs_room() -> None:
 # ---------------------------------------------------------------------- loop
 
 
-def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
-    store: Path, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
+
+
+@pytest.fixture
+def trainer(store: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], GaussianTrainer]:
+    """Makes the trainer of a run in a folder."""
     monkeypatch.setattr(gaussian_trainer, "VALIDATION_SHARE", 3)
-    model = tiny_models / "atoken-nano"
-    device = torch.device("cpu")
-    whole = GaussianTrainer(config(store, tmp_path / "whole", model), device).run()
+    return lambda out: GaussianTrainer(config(store, out, tiny_models / "atoken-nano"), torch.device("cpu"))
+
+
+def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
+    trainer: Callable[[Path], GaussianTrainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight = trainer(tmp_path / "whole")
+    whole = straight.run().state_dict()
     assert "left out 3.safetensors" in capsys.readouterr().err
-    records = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert records[0]["step"] == 0
-    assert records[-1]["step"] == 6
+    records = log_of(tmp_path / "whole")
+    assert [record["step"] for record in records] == [0, 3, 6]
     assert records[-1]["psnr"] > records[0]["psnr"]
 
-    stopped = GaussianTrainer(config(store, tmp_path / "parts", model), device)
-    original, seen = stopped._step, []
+    stopped = trainer(tmp_path / "parts")
+    original = stopped._step
 
     def step_until_killed(step: int) -> dict[str, float]:
-        seen.append(step)
         if step == 3:  # after the state of step 2 was saved
             raise KeyboardInterrupt
         return original(step)
@@ -137,9 +153,56 @@ def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
     monkeypatch.setattr(stopped, "_step", step_until_killed)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    resumed = GaussianTrainer(config(store, tmp_path / "parts", model), device).run()
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
+    resumed = trainer(tmp_path / "parts").run().state_dict()
+    assert log_of(tmp_path / "parts") == records
+    finished = trainer(tmp_path / "whole").run().state_dict()  # nothing is left to do
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+        assert torch.equal(finished[name], tensor), name
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts")]
+    # What is trained and its average differ, and neither is taken for the other.
+    assert not torch.equal(states[0]["network"]["skip.weight"], whole["skip.weight"])
+    assert torch.equal(states[0]["average"]["skip.weight"], whole["skip.weight"])
+    moments = [state["optimizers"][0]["state"] for state in states]
+    for one, other in zip(*(moment.values() for moment in moments), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_skip_learns_at_the_plain_rate_and_is_not_decayed(trainer: Callable[[Path], GaussianTrainer]) -> None:
+    made = trainer(Path("unused"))
+    settings = made.config.optimizer
+    names = {parameter: name for name, parameter in made.decoder.named_parameters()}
+    groups = {names[p]: group for o in made.optimizers for group in o.param_groups for p in group["params"]}
+    assert sorted(groups) == sorted(names.values())
+    assert settings.plain_lr is not None
+    for name, group in groups.items():
+        plain = name.startswith("skip.") or "norm" in name or name.endswith("bias")
+        assert group["factor"] * settings.lr == pytest.approx(settings.plain_lr if plain else settings.lr)
+        assert group["weight_decay"] == (0 if plain else settings.weight_decay)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_many_end_the_run(
+    trainer: Callable[[Path], GaussianTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path)
+    whole, calls, factors = made._loss, itertools.count(), {1: math.inf, 2: math.nan, 3: 1.0}
+
+    def spoilt(*arguments: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, terms = whole(*arguments)
+        return loss * factors.get(next(calls), 1.0), terms
+
+    monkeypatch.setattr(made, "_loss", spoilt)
+    seen = []
+    for step in range(4):
+        made._step(step)
+        seen.append((made.bad_steps, made.decoder.embed.weight.detach().clone()))
+    assert [bad for bad, _ in seen] == [0, 1, 2, 0]
+    assert [torch.equal(one[1], other[1]) for one, other in itertools.pairwise(seen)] == [True, True, False]
+    monkeypatch.setattr(gaussian_trainer, "MAX_BAD_STEPS", 2)
+    factors.update({4: math.nan, 5: math.nan})
+    made._step(4)
+    with pytest.raises(InputError, match="2 steps in a row up to step 5 had a loss or gradient that is not finite"):
+        made._step(5)
 
 
 def test_what_cannot_be_trained_is_one_line(store: Path, tiny_models: Path, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +19,17 @@ from torch import Tensor, nn
 from tokenizer.errors import InputError
 from tokenizer.evaluation import linear_code, nano
 from tokenizer.evaluation.codecs import ModelCodec
-from tokenizer.evaluation.linear_code import IMAGE_PATCH, VIDEO_PATCH, LinearCode, LinearCodes, draw_patches
+from tokenizer.evaluation.command.baselines import load_linear
+from tokenizer.evaluation.linear_code import IMAGE_PATCH, VIDEO_PATCH, LinearCode, LinearCodes
 from tokenizer.evaluation.metrics import psnr
 from tokenizer.losses.lpips import LPIPS
 from tokenizer.media import VideoWriter
+from tokenizer.patches import PatchSize, visuals_to_tokens
 from tokenizer.sparse import SparseTokens
+from tokenizer.training.curriculum import launch
+from tokenizer.training.curriculum.config import RunConfig
 
+RUN = Path(__file__).parents[2] / "configs/tokenizer/stages/smoke-stage2.yaml"
 U8 = NDArray[np.uint8]
 
 
@@ -42,35 +49,16 @@ def _smooth(shape: tuple[int, ...], seed: int) -> U8:
     return noisy
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """A small training store: two photographs, a drawing, a clip, and arrays too small for a patch."""
-    root = tmp_path / "store"
-    (root / "images").mkdir(parents=True)
-    (root / "clips").mkdir()
-    arrays = {
-        "images/0000.npy": ("photograph", _smooth((1, 64, 80, 3), 0)[0]),
-        "images/0001.npy": ("photograph", _smooth((1, 48, 40, 3), 1)[0]),
-        "images/0002.npy": ("picture", np.full((32, 32, 3), 7, np.uint8)),
-        "images/0003.npy": ("photograph", np.zeros((8, 40, 3), np.uint8)),
-        "clips/0000.npy": ("film", _smooth((9, 48, 48, 3), 2)),
-        "clips/0001.npy": ("film", np.zeros((3, 48, 48, 3), np.uint8)),
-    }
-    for path, (_, array) in arrays.items():
-        np.save(root / path, array)
-    entries = [{"path": path, "kind": kind} for path, (kind, _) in arrays.items()]
-    (root / "manifest.json").write_text(json.dumps({"arrays": entries}), encoding="utf-8")
-    return root
-
-
-def _patches(count: int = 200, seed: int = 0) -> U8:
-    return np.concatenate([_smooth((1, 16, 16, 3), seed * count + number).reshape(1, -1) for number in range(count)])
+def _patches(count: int = 200) -> Tensor:
+    """Patches [count, 768] in [-1, 1], float64."""
+    pixels = np.concatenate([_smooth((1, 16, 16, 3), number).reshape(1, -1) for number in range(count)])
+    return torch.from_numpy(pixels / 127.5 - 1)
 
 
 def test_fit_equals_singular_values_of_the_same_patches() -> None:
     patches = _patches()
-    code = LinearCode.fit(np.array_split(patches, 7), IMAGE_PATCH, components=10)
-    pixels = patches / 127.5 - 1
+    code = LinearCode.fit(patches.split(30), IMAGE_PATCH, components=10)
+    pixels = patches.numpy()
     _, singular, vectors = np.linalg.svd(pixels - pixels.mean(0), full_matrices=False)
     np.testing.assert_allclose(code.mean.numpy(), pixels.mean(0), atol=1e-12)
     np.testing.assert_allclose(code.variance.numpy(), singular[:10] ** 2 / len(pixels), rtol=1e-9)
@@ -80,9 +68,8 @@ def test_fit_equals_singular_values_of_the_same_patches() -> None:
 
 
 def test_error_is_the_variance_left_out_and_no_other_basis_is_better() -> None:
-    patches = _patches()
-    code = LinearCode.fit([patches], IMAGE_PATCH, components=10)
-    pixels = torch.from_numpy(patches / 127.5 - 1)
+    pixels = _patches()
+    code = LinearCode.fit([pixels], IMAGE_PATCH, components=10)
     error = (code.decode(code.encode(pixels)) - pixels).square().sum(1).mean()
     total = (pixels - pixels.mean(0)).square().sum(1).mean()
     torch.testing.assert_close(error, total - code.variance.sum())
@@ -95,7 +82,7 @@ def test_error_is_the_variance_left_out_and_no_other_basis_is_better() -> None:
 def test_batches_do_not_change_the_code() -> None:
     patches = _patches()
     whole = LinearCode.fit([patches], IMAGE_PATCH, components=5)
-    parts = LinearCode.fit(np.array_split(patches, 11), IMAGE_PATCH, components=5)
+    parts = LinearCode.fit(patches.split(19), IMAGE_PATCH, components=5)
     torch.testing.assert_close(whole.basis, parts.basis, atol=1e-9, rtol=0)  # signs included
 
 
@@ -123,43 +110,45 @@ def test_reconstruction_pads_with_edges_and_clips() -> None:
     assert np.array_equal(spread.reconstruct(picture), np.full_like(picture, 255))
 
 
-def test_patches_are_drawn_by_seed_kind_and_size(store: Path) -> None:
-    batches = list(draw_patches(store, IMAGE_PATCH, 0, per_array=20))
-    assert [batch.shape for batch in batches] == [(20, 768)] * 3  # the array of 8 rows has no patch
-    again = list(draw_patches(store, IMAGE_PATCH, 0, per_array=20))
-    other = list(draw_patches(store, IMAGE_PATCH, 1, per_array=20))
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert not np.array_equal(batches[0], other[0])
-    assert len(list(draw_patches(store, IMAGE_PATCH, 0, per_array=20, kinds={"photograph"}))) == 2
-    assert len(list(draw_patches(store, VIDEO_PATCH, 0, per_array=20))) == 1
+@dataclass(frozen=True)
+class _Batch:
+    """A batch of pixels [T, H, W, 3] in [-1, 1], as far as sampling patches looks at one."""
+
+    task: str
+    frames: Tensor
+
+    def tokens(self, *_: object, patch_size: PatchSize = VIDEO_PATCH) -> SparseTokens:
+        frames = self.frames if len(self.frames) > 1 else self.frames[0]
+        return visuals_to_tokens([frames], patch_size)[0]
 
 
-def test_patch_features_are_frame_row_column_channel(tmp_path: Path) -> None:
-    (tmp_path / "clips").mkdir()
-    values = np.arange(4 * 16 * 16 * 3, dtype=np.int64) % 251
-    np.save(tmp_path / "clips/0000.npy", values.reshape(4, 16, 16, 3).astype(np.uint8))
-    manifest = {"arrays": [{"path": "clips/0000.npy", "kind": "film"}]}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    (batch,) = draw_patches(tmp_path, VIDEO_PATCH, 0, per_array=2)
-    np.testing.assert_array_equal(batch, np.stack([values, values]))
+def _training_data(config: RunConfig) -> Iterator[_Batch]:
+    """Pictures and clips that look alike nowhere; the seed of a run decides which."""
+    for number in itertools.count(100 * config.seed):
+        for task, frames in (("image_reconstruction", 1), ("video_reconstruction", 4), ("image_understanding", 1)):
+            pixels = torch.from_numpy(_smooth((frames, 80, 96, 3), 2 * number + (frames > 1))).float() / 127.5 - 1
+            yield _Batch(task, torch.zeros_like(pixels) if "understanding" in task else pixels)
 
 
-def test_stills_and_clips_of_a_store_get_codes_of_their_own(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_code, "VIDEO_PATCH", (2, 16, 16))  # half as long: the eigenvectors come 8 times sooner
-    codes = LinearCodes.fit(store)
-    assert codes.video.basis.shape == (1536, 48)
-    clip = np.load(store / "clips/0000.npy")
-    coded_as_clip = codes.reconstruct(clip)
-    assert np.array_equal(coded_as_clip, codes.video.reconstruct(clip))
-    unfitted = LinearCode(
-        codes.video.patch_size, codes.video.mean, _random_code((2, 16, 16)).basis, codes.video.variance
-    )
-    assert psnr(clip, coded_as_clip) > psnr(clip, unfitted.reconstruct(clip)) + 3
-    still = np.load(store / "images/0000.npy")[None]
-    assert np.array_equal(codes.reconstruct(still), codes.image.reconstruct(still))
-    # The drawing is one flat grey, far from the photographs' mean, and was not among the patches.
-    stills = draw_patches(store, IMAGE_PATCH, 0, per_array=2048, kinds={"photograph"})
-    torch.testing.assert_close(codes.image.mean, LinearCode.fit(stills, IMAGE_PATCH).mean)
+def test_codes_are_fitted_to_what_a_run_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "training_batches", _training_data)
+    monkeypatch.setattr(linear_code, "PATCHES", 640)
+    # Small patches: their eigenvectors are found much sooner.
+    still, clip_patch = (1, 8, 8), (2, 8, 8)
+    monkeypatch.setattr(linear_code, "VIDEO_PATCH", clip_patch)
+    monkeypatch.setattr(linear_code, "_NAMES", {"image": still, "video": clip_patch})
+    codes = linear_code.fit_to_training_data(RUN)
+    assert codes.image.basis.shape == (192, 48)
+    assert codes.video.basis.shape == (384, 48)
+    clip = _smooth((6, 64, 64, 3), 1)
+    assert np.array_equal(codes.reconstruct(clip), codes.video.reconstruct(clip))
+    assert np.array_equal(codes.reconstruct(clip[:1]), codes.image.reconstruct(clip[:1]))
+    for frames, code in ((clip, codes.video), (clip[:1], codes.image)):
+        unfitted = LinearCode(code.patch_size, code.mean, _random_code(code.patch_size).basis, code.variance)
+        assert psnr(frames, code.reconstruct(frames)) > psnr(frames, unfitted.reconstruct(frames)) + 3
+    again, other = (linear_code.fit_to_training_data(RUN, seed) for seed in (0, 1))
+    assert torch.equal(again.video.basis, codes.video.basis)
+    assert not torch.equal(other.image.mean, codes.image.mean)
 
 
 def test_codes_survive_saving(tmp_path: Path) -> None:
@@ -173,11 +162,11 @@ def test_codes_survive_saving(tmp_path: Path) -> None:
         assert torch.equal(a.variance, b.variance)
 
 
-def test_bad_stores_and_files_are_named(store: Path, tmp_path: Path) -> None:
-    _one_line(lambda: LinearCodes.fit(tmp_path / "nowhere"), "no training store here")
+def test_bad_data_and_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _one_line(lambda: LinearCode.fit([_patches(20)], IMAGE_PATCH), "needs more than 20 patches")
-    (store / "images/0000.npy").write_bytes(b"\x93NUMPY")
-    _one_line(lambda: LinearCodes.fit(store), "0000.npy: cannot be read")
+    _one_line(lambda: load_linear(tmp_path / "nowhere.yaml", 0), "nowhere.yaml: cannot be read")
+    monkeypatch.chdir(tmp_path)  # where none of the run's sets are
+    _one_line(lambda: load_linear(RUN, 0), "datasets/smoke/images")
     damaged = tmp_path / "linear.npz"
     _one_line(lambda: LinearCodes.load(damaged), "not a linear code")
     for content in (b"", b"PK\x03\x04 and then nothing"):
@@ -188,7 +177,7 @@ def test_bad_stores_and_files_are_named(store: Path, tmp_path: Path) -> None:
 
 
 def _random_code(patch_size: tuple[int, int, int]) -> LinearCode:
-    size = patch_size[0] * 768
+    size = 3 * math.prod(patch_size)
     generator = torch.Generator().manual_seed(size)
     basis, _ = torch.linalg.qr(torch.randn(size, 48, dtype=torch.float64, generator=generator))
     mean = torch.randn(size, dtype=torch.float64, generator=generator) / 4
@@ -298,13 +287,13 @@ def test_command_measures_given_files(
         writer.write(_smooth((40, 96, 128, 3), 5))
     fits: list[Path] = []
 
-    def fit(store: Path, _seed: int) -> LinearCodes:
-        fits.append(store)
+    def fit(run: Path, _seed: int) -> LinearCodes:
+        fits.append(run)
         return LinearCodes(*(_random_code(patch) for patch in (IMAGE_PATCH, VIDEO_PATCH)))
 
-    monkeypatch.setattr(LinearCodes, "fit", fit)
+    monkeypatch.setattr(nano, "fit_to_training_data", fit)
     command = ["--photographs", str(tmp_path / "photo.png"), "--video", str(tmp_path / "film.mp4"), "--json"]
-    command += ["--data", "store", "--linear", str(tmp_path / "linear.npz"), "--out", str(tmp_path / "out")]
+    command += ["--data", "run.yaml", "--linear", str(tmp_path / "linear.npz"), "--out", str(tmp_path / "out")]
     assert nano.main(command) == 0
     first = json.loads(capsys.readouterr().out)
     sizes = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))["sizes"]
@@ -312,7 +301,7 @@ def test_command_measures_given_files(
     assert set(first["linear"]) == {"photo", "film", nano.MEAN}
     assert nano.main(command) == 0
     assert json.loads(capsys.readouterr().out) == first
-    assert fits == [Path("store")]  # the second time it was read from the file
+    assert fits == [Path("run.yaml")]  # the second time it was read from the file
 
 
 @pytest.mark.usefixtures("meter")

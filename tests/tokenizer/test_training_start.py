@@ -1,43 +1,46 @@
-"""Where a run starts: linear codes that are what they claim, earlier models, and a store that keeps its validation
-pictures to itself.
-"""
+"""Where a small model starts: linear codes that are what they claim, continuous and in digits."""
 
 from __future__ import annotations
 
-import json
-import zlib
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from data.sources.store import StoreWriter
 from tests.tokenizer.networks import small_config
 from tests.tokenizer.test_checkpoints import refused
-from tests.tokenizer.test_training import BATCH, PATCH, TINY, file_name, network, write_store
-from tokenizer.checkpoints import save_network
 from tokenizer.model.atoken import ATokenNetwork
-from tokenizer.model.config import FSQConfig, SkipConfig
+from tokenizer.model.config import ATokenConfig, FSQConfig, SkipConfig
 from tokenizer.model.piecewise import LEVELS
-from tokenizer.patches import float_to_uint8, unpatchify, visuals_to_tokens
+from tokenizer.patches import patchify, uint8_to_float, unpatchify, visuals_to_tokens
 from tokenizer.sparse import SparseTokens
-from tokenizer.training.initialise import start_from_linear_codes, start_from_model
+from tokenizer.training.curriculum.stages import quantised
+from tokenizer.training.initialise import start_from_linear_codes
 from tokenizer.training.linear_codes import fit_codes, principal_components
-from tokenizer.training.store import VALIDATION_SHARE, CropBatch, TrainingStore
 
-DISCRETE = replace(TINY, name="tiny-d", quantizer=FSQConfig(codebooks=2))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("store"))
+PATCH = (4, 4, 4)
+TINY = replace(small_config(), skip=SkipConfig(still_codes=3, clip_codes=2))
 
 
-# ---------------------------------------------------------------------- codes
+def network(sizes: ATokenConfig = TINY) -> ATokenNetwork:
+    drawn = ATokenNetwork(sizes)
+    drawn.reset_parameters(torch.Generator().manual_seed(0))
+    return drawn
+
+
+def smooth_places(count: int, frames: int, seed: int) -> Tensor:
+    """[count, 16, F] patches of waves of random colour, phase and direction, with a little noise."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(np.arange(frames), np.arange(16), np.arange(16), indexing="ij")
+    places = []
+    for _ in range(count):
+        phase = sum(rng.uniform(-0.4, 0.4) * axis for axis in axes)
+        colours = [120 + 90 * np.sin(phase + rng.uniform(0, 6)) for _ in range(3)]
+        pixels = (np.stack(colours, axis=-1) + rng.integers(-8, 9, (frames, 16, 16, 3))).astype(np.uint8)
+        places.append(patchify(uint8_to_float(torch.from_numpy(pixels)), (frames, 4, 4)))
+    return torch.stack(places)
 
 
 def clustered(seed: int, places: int = 40) -> Tensor:
@@ -93,9 +96,9 @@ def test_codes_of_poor_data_are_finite(patches: Tensor) -> None:
         assert bool(torch.isfinite(tensor).all())
 
 
-def started(store: Path) -> tuple[ATokenNetwork, dict[str, float], dict[str, Tensor]]:
-    net = network(TINY)
-    stills, clips = TrainingStore(store, BATCH).sample_patches(1600, PATCH, (0, 1, 0))
+def started() -> tuple[ATokenNetwork, dict[str, float], dict[str, Tensor]]:
+    net = network()
+    stills, clips = smooth_places(100, 1, 0), smooth_places(100, 4, 1)
     figures = start_from_linear_codes(net, stills, clips, 6, torch.Generator().manual_seed(0))
     return net, figures, {"stills": stills, "clips": clips}
 
@@ -113,8 +116,8 @@ def psnr(net: ATokenNetwork, places: Tensor) -> float:
     return float(10 * torch.log10(4 / (decoded - places.flatten(0, 1)).square().mean()))
 
 
-def test_a_network_starts_as_its_linear_codes(store: Path) -> None:
-    net, figures, patches = started(store)
+def test_a_network_starts_as_its_linear_codes() -> None:
+    net, figures, patches = started()
     for name, places in patches.items():
         assert psnr(net, places) == pytest.approx(figures[name], abs=0.05)
         best = principal_components(places.flatten(0, 1) - places.flatten(0, 1).mean(dim=0), 10)
@@ -137,11 +140,9 @@ def test_a_network_without_codes_cannot_start_from_them() -> None:
     assert text == "plain has no linear codes to start from; set skip in its configuration"
 
 
-def test_a_discrete_model_reads_the_digits_of_a_continuous_one(store: Path, tmp_path: Path) -> None:
-    net, figures, patches = started(store)
-    save_network(net, tmp_path / "model")
-    discrete = network(DISCRETE)
-    start_from_model(discrete, str(tmp_path / "model"))
+def test_a_discrete_model_reads_the_digits_of_a_continuous_one() -> None:
+    net, figures, patches = started()
+    discrete = quantised(net, FSQConfig(codebooks=2))
     assert discrete.skip is not None
     digits = discrete.skip.digits
     for name, places in patches.items():
@@ -159,120 +160,7 @@ def test_a_discrete_model_reads_the_digits_of_a_continuous_one(store: Path, tmp_
             )
         assert torch.equal(written, read)
         assert len(read.unique(dim=0)) > 1
-    again = network(DISCRETE)  # a discrete model goes on as it is
-    save_network(discrete, tmp_path / "discrete")
-    start_from_model(again, str(tmp_path / "discrete"))
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in discrete.state_dict().items())
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     return (values[..., None] - levels).abs().argmin(dim=-1)
-
-
-def test_models_of_other_shapes_are_no_start(tmp_path: Path) -> None:
-    save_network(network(TINY), tmp_path)
-    for sizes in (replace(TINY, skip=SkipConfig(still_codes=4, clip_codes=2)), replace(TINY, skip=None)):
-        text = refused(lambda: start_from_model(network(sizes), str(tmp_path)))  # noqa: B023
-        assert text.startswith(f"{tmp_path}: does not have the shapes of this run's model (")
-    assert "no model 'nowhere'" in refused(lambda: start_from_model(network(TINY), "nowhere"))
-
-
-# ---------------------------------------------------------------------- the store
-
-
-def test_a_batch_is_a_function_of_seed_and_step(store: Path) -> None:
-    def batch(*seed: int) -> CropBatch:
-        return TrainingStore(store, BATCH).batch(BATCH, PATCH, seed)
-
-    one, again = batch(3, 7), batch(3, 7)
-    assert torch.equal(one.patches.features, again.patches.features)
-    assert torch.equal(one.patches.positions, again.patches.positions)
-    for other in (batch(3, 8), batch(4, 7), batch(3, 2**32, 0)):
-        shared = min(other.patches.num_tokens, one.patches.num_tokens)
-        assert not torch.equal(other.patches.features[:shared], one.patches.features[:shared])
-    assert (one.images, one.clips, one.patches.batch_size) == (3, 2, 5)
-    assert one.image_tokens == int(one.patches.lengths[:3].sum()) == 3 * (one.image_side // 4) ** 2
-    assert one.patches.lengths[3:].tolist() == [8, 8]
-    assert bool((one.patches.features[: one.image_tokens, 48:] == 0).all())
-    assert {batch(0, step).image_side for step in range(20)} == {8, 12}
-    one.patches.validate()
-
-
-def test_validation_sources_are_never_trained_on(tmp_path: Path) -> None:
-    """Every array has a grey of its own, so a crop says where it is from. One is made of two files."""
-    writer, held_out = StoreWriter(tmp_path), set()
-    for grey in range(1, 101):
-        names = [f"file{grey}.png", f"other{grey}.png"] if grey % 2 else f"file{grey}.png"
-        shape = (16, 16, 3) if grey <= 50 else (8, 16, 16, 3)
-        writer.add(np.full(shape, grey, np.uint8), "photograph", "tests", names, "CC0-1.0")
-        if any(zlib.crc32(n.encode()) % VALIDATION_SHARE == 0 for n in ([names] if isinstance(names, str) else names)):
-            held_out.add(grey)
-    writer.finish()
-
-    def seen(*, validation: bool) -> set[int]:
-        part = TrainingStore(tmp_path, BATCH, validation=validation)
-        greys = set()
-        for step in range(250):
-            greys |= set(float_to_uint8(part.batch(BATCH, PATCH, (0, step)).patches.features[:, 0]).tolist())
-        return greys
-
-    assert 5 < len(held_out) < 30
-    assert seen(validation=True) == held_out
-    assert seen(validation=False) == set(range(1, 101)) - held_out
-
-
-def test_kinds_weigh_and_large_pictures_can_be_left_out(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path)
-    for grey, (kind, side) in enumerate([("photograph", 16), ("stamp", 16), ("photograph", 40), ("other", 16)], 1):
-        for number in range(3):
-            name = file_name(f"{kind}{number}", validation=False)
-            writer.add(np.full((side, side + 4, 3), grey, np.uint8), kind, "tests", name, "CC0-1.0")
-    writer.finish()
-
-    def counts(**changes: Any) -> np.ndarray[Any, Any]:
-        config = replace(BATCH, clips=0, images=400, kinds={"photograph": 3.0, "stamp": 1.0, "other": 0.0}, **changes)
-        features = TrainingStore(tmp_path, config).batch(config, PATCH, (0, 0)).patches
-        return np.bincount(float_to_uint8(features.features[features.offsets[:-1], 0]).numpy(), minlength=5)
-
-    everything = counts()
-    assert everything[[0, 4]].tolist() == [0, 0]
-    assert 60 < everything[2] < 140
-    assert 60 < everything[1] - everything[3] + 100 < 140
-    assert counts(largest_side=16)[3] == 0
-
-
-def test_a_store_that_does_not_fit(store: Path, tmp_path: Path) -> None:
-    whole = TrainingStore(store, BATCH)
-
-    def batch(**changes: Any) -> str:
-        config = replace(BATCH, **changes)
-        return refused(lambda: TrainingStore(store, config).batch(config, PATCH, (0, 0)))
-
-    assert "no training store here; make one with" in refused(lambda: TrainingStore(tmp_path / "x", BATCH))
-    assert "no images of the kinds in batch.kinds" in batch(kinds={"stamps": 1.0})
-    assert "no clips of the kinds in batch.kinds" in batch(kinds={"photograph": 1.0})
-    assert "must be multiples of (4, 4)" in batch(image_sides=(10,))
-    assert "must be multiples of (4, 4)" in batch(clip_sides=())
-    assert "batch.clip_frames must be a multiple of 4, got 6" in batch(clip_frames=6)
-    assert "hardly any array of 1 frames and 64 pixels; choose smaller crops" in batch(image_sides=(64,))
-    assert "hardly any array of 16 frames and 8 pixels" in batch(clip_frames=16)
-    assert whole.batch(BATCH, PATCH, (0, 0)).images == 3
-
-
-@pytest.mark.parametrize(
-    ("manifest", "message"),
-    [
-        ("{", "not valid"),
-        ("{}", "damaged (KeyError: 'arrays')"),
-        ('{"arrays": [3]}', "damaged (TypeError"),
-        ('{"arrays": [{"path": "images/0000.npy"}]}', "damaged (KeyError: 'kind')"),
-        ('{"arrays": [{"path": "images/0000.npy", "kind": "film", "file": "f0"}]}', "damaged (ValueError"),
-    ],
-)
-def test_a_damaged_store(tmp_path: Path, manifest: str, message: str) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "0000.npy").write_bytes(b"no array")
-    (tmp_path / "manifest.json").write_text(manifest)
-    assert message in refused(lambda: TrainingStore(tmp_path, BATCH))
-    (tmp_path / "manifest.json").write_text(json.dumps({"arrays": []}))
-    assert "no images" in refused(lambda: TrainingStore(tmp_path, BATCH).batch(BATCH, PATCH, (0, 0)))

@@ -34,7 +34,7 @@ def evaluate(
         str | None, typer.Option(help="Of jpeg,webp,linear,x264,flat, or 'none'; all by default.")
     ] = None,
     linear: Annotated[
-        Path | None, typer.Option(help="Saved linear code (.npz), or training store to fit one to.")
+        Path | None, typer.Option(help="Saved linear code (.npz), or a run's YAML, to fit one to its data.")
     ] = None,
     diffusers: Paths = None,
     adapter: Annotated[list[str] | None, typer.Option(help="Any tokenizer, as module:Class.")] = None,

@@ -2,14 +2,16 @@
 
 A patch of `frames x 16 x 16 x 3` values is coded by its 48 leading principal components, exactly as many numbers as a
 token of the model has. No linear code of that size has a smaller squared error on the patches it was fitted to.
+
+`tests/linear_code.npz` was fitted once, to photographs and clips of the packages that `data.sources` names, at short
+sides of 256, 384 and 640 pixels. A new one is fitted to the data of a run (`fit_to_training_data`).
 """
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenizer.atomic import atomic_path
+from tokenizer.config import load_config
 from tokenizer.errors import InputError
 from tokenizer.patches import PATCH_SIZE, PatchSize, float_to_uint8, tokens_to_pixels, video_to_tokens
 
 COMPONENTS = 48
+PATCHES = 48_000
+"""That a code is fitted to, of stills and of clips."""
 IMAGE_PATCH: PatchSize = (1, *PATCH_SIZE[1:])
 VIDEO_PATCH: PatchSize = PATCH_SIZE
 _NAMES = {"image": IMAGE_PATCH, "video": VIDEO_PATCH}
+_BATCH = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +51,11 @@ class LinearCode:
     variance: Tensor
 
     @classmethod
-    def fit(
-        cls, patches: Iterable[NDArray[np.uint8]], patch_size: PatchSize, components: int = COMPONENTS
-    ) -> LinearCode:
+    def fit(cls, patches: Iterable[Tensor], patch_size: PatchSize, components: int = COMPONENTS) -> LinearCode:
         """Fit by the covariance, accumulated in float64 batch after batch.
 
         Args:
-            patches: batches of uint8 patches [n, P].
+            patches: batches [n, P] of values in [-1, 1], floating.
             patch_size: frames, rows and columns of a patch.
             components: length C of the code.
 
@@ -61,8 +65,8 @@ class LinearCode:
         size = _features(patch_size)
         total, products, count = np.zeros(size), np.zeros((size, size)), 0
         for batch in patches:
-            # Around mid-grey the sums stay small, so subtracting the mean's square below loses no digits.
-            pixels = batch.astype(np.float64) / 127.5 - 1
+            # Values around zero keep the sums small, so subtracting the mean's square below loses no digits.
+            pixels = batch.double().numpy()
             total += pixels.sum(0)
             products += pixels.T @ pixels
             count += len(pixels)
@@ -105,22 +109,17 @@ class LinearCodes:
     video: LinearCode
 
     @classmethod
-    def fit(cls, store: Path, seed: int = 0) -> LinearCodes:
-        """Fit both codes to a training store.
-
-        The image code is fitted to the photographs alone: with the drawn pictures and cut-outs among them it measures
-        0.2 dB worse on photographs, and a baseline should be as strong as it can be. The video code uses every clip.
+    def fit(cls, stills: Tensor, clips: Tensor) -> LinearCodes:
+        """Fit both codes.
 
         Args:
-            store: folder with manifest.json and the arrays it names.
-            seed: decides which patches are drawn.
+            stills: [places, n, P / Pt] patches of single frames, clips: [places, n, P] patches, values in [-1, 1].
 
         Raises:
-            InputError: no store, or too few photographs or clips in it.
+            InputError: no more patches than code values.
         """
-        stills = draw_patches(store, IMAGE_PATCH, seed, per_array=2048, kinds={"photograph"})
-        clips = draw_patches(store, VIDEO_PATCH, seed, per_array=512)
-        return cls(LinearCode.fit(stills, IMAGE_PATCH), LinearCode.fit(clips, VIDEO_PATCH))
+        batches = (patches.flatten(0, 1).split(_BATCH) for patches in (stills, clips))
+        return cls(*(LinearCode.fit(batch, size) for batch, size in zip(batches, _NAMES.values(), strict=True)))
 
     def reconstruct(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 [T, H, W, 3] -> the same shape; a single frame is coded as a still."""
@@ -157,57 +156,23 @@ class LinearCodes:
         return cls(**codes)
 
 
-def draw_patches(
-    store: Path, patch_size: PatchSize, seed: int, *, per_array: int, kinds: Collection[str] | None = None
-) -> Iterator[NDArray[np.uint8]]:
-    """Draw patches at random places (not on a grid) from the images or, for several frames, the clips of a store.
+def fit_to_training_data(path: Path, seed: int = 0) -> LinearCodes:
+    """Fit both codes to what a run of the curriculum trains on: as its loader gives it, so at the scales of its model.
 
     Args:
-        store: folder with manifest.json and the arrays it names, written by `python -m data.sources.nano`.
-        patch_size: frames, rows and columns; one frame draws from images, more from clips.
-        seed: decides the places.
-        per_array: patches of each image or clip.
-        kinds: use only arrays of these kinds; all by default.
-
-    Yields:
-        uint8 [per_array, P], one batch for every array that is large enough.
+        path: the run's configuration, a YAML file; relative paths in it start at the working directory.
+        seed: decides the order of the data and which patches are taken.
 
     Raises:
-        InputError: `store` is not a training store, or an array it names cannot be read.
+        InputError: no such configuration, data that are missing, or too few pictures or clips among them.
     """
-    folder = "images/" if patch_size[0] == 1 else "clips/"
-    entries = [entry for entry in _manifest(store) if entry["path"].startswith(folder)]
-    rng = np.random.default_rng([seed, patch_size[0]])
-    for entry in entries:
-        if kinds is not None and entry["kind"] not in kinds:
-            continue
-        frames = _frames(store / entry["path"])
-        limits = [size - patch + 1 for size, patch in zip(frames.shape, patch_size, strict=False)]
-        if min(limits) < 1:
-            continue
-        corners = np.stack([rng.integers(0, limit, size=per_array) for limit in limits], axis=1).tolist()
-        dt, dx, dy = patch_size
-        yield np.stack([frames[t : t + dt, x : x + dx, y : y + dy].reshape(-1) for t, x, y in corners])
+    from tokenizer.training.curriculum.codes import sample_patches
+    from tokenizer.training.curriculum.config import RunConfig
+    from tokenizer.training.curriculum.launch import training_batches
+
+    config = replace(load_config(RunConfig, path), seed=seed)
+    return LinearCodes.fit(*sample_patches(training_batches(config), PATCHES, VIDEO_PATCH, seed))
 
 
 def _features(patch_size: PatchSize) -> int:
     return patch_size[0] * patch_size[1] * patch_size[2] * 3
-
-
-def _manifest(store: Path) -> list[dict[str, Any]]:
-    try:
-        entries: list[dict[str, Any]] = json.loads((store / "manifest.json").read_text(encoding="utf-8"))["arrays"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{store}: no training store here; build one: python -m data.sources.nano --out {store}"
-        ) from None
-    return entries
-
-
-def _frames(path: Path) -> NDArray[np.uint8]:
-    """The array as [T, H, W, 3], memory-mapped."""
-    try:
-        array: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): build the training store again") from None
-    return array[None] if array.ndim == 3 else array

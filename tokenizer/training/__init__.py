@@ -1,1 +1,1 @@
-"""How AToken is trained: data store, objective, schedule, state and the plain single-process loop."""
+"""How AToken is trained: the curriculum of the paper in stages, and its decoder of 3D Gaussians apart."""

@@ -3,7 +3,8 @@
     python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml key=value ...
 
 The autoencoder stays as it is, so pictures and videos stay as good as they were. A step takes one asset, decodes its
-Gaussians and compares their picture with what the asset looks like from a few of its views.
+Gaussians and compares their picture with what the asset looks like from a few of its views. Optimiser, schedule and
+average are those of the curriculum, whose third stage starts from the decoder that comes out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.api import AToken
 from tokenizer.assets.packing import octants
@@ -34,12 +35,17 @@ from tokenizer.gaussians.rasterize import rasterize
 from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
-from tokenizer.training.config import OptimizerConfig
+from tokenizer.training.curriculum.config import OptimizerSettings
+from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
+from tokenizer.training.curriculum.records import forget_log_after
 from tokenizer.training.gaussian_start import start_from_octants
-from tokenizer.training.optimizer import MovingAverage, make_optimizers, rate_factor, set_rates
 from tokenizer.training.progress import training_progress
 from tokenizer.training.state import load_state, save_state
-from tokenizer.training.trainer import LOG_FILE, MAX_BAD_STEPS, forget_log_after
+
+LOG_FILE = "log.jsonl"
+
+MAX_BAD_STEPS = 20
+"""Steps in a row with a loss or gradient that is not finite, after which a run stops."""
 
 VALIDATION_SHARE = 40
 """One training asset in this many is kept for validation."""
@@ -63,6 +69,7 @@ class GaussianTrainConfig:
     model: the frozen autoencoder, by name or folder. data: store of rendered assets.
     decoder: sizes, and how views become voxels.
     views: compared with in one step. start_assets: how many assets the start is fitted to.
+    optimizer: its `plain_lr` is also the rate of the skip, which starts at a fit; nothing here has the other groups.
     """
 
     name: str
@@ -76,7 +83,7 @@ class GaussianTrainConfig:
     start_assets: int = 48
     precision: str = "bf16"
     loss: GaussianLossConfig = field(default_factory=GaussianLossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     validate_every: int = 250
     save_every: int = 100
 
@@ -109,8 +116,9 @@ class GaussianTrainer:
         self.decoder = GaussianDecoder(config.decoder)
         self.decoder.reset_parameters(torch.Generator().manual_seed(config.seed))
         self.decoder.to(device)
-        self.optimizers = make_optimizers(self.decoder, config.optimizer)
-        self.average = MovingAverage(self.decoder, config.optimizer.ema)
+        # Under the name that it has in the curriculum, whose rules for rates and decay go by names.
+        self.optimizers = make_optimizers(nn.ModuleDict({"gaussians": self.decoder}), config.optimizer)
+        self.average = self._averaged()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.bad_steps = 0
 
@@ -121,9 +129,7 @@ class GaussianTrainer:
             InputError: too many steps in a row with a loss or gradient that is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        step = load_state(
-            self.folder, self.decoder, self.average.network, self.optimizers, self.generator, self.settings
-        )
+        step = load_state(self.folder, self.decoder, self.average, self.optimizers, self.generator, self.settings)
         forget_log_after(self.folder / LOG_FILE, step)
         if step == 0:
             self._start()
@@ -146,12 +152,16 @@ class GaussianTrainer:
                         self.folder,
                         step,
                         self.decoder,
-                        self.average.network,
+                        self.average,
                         self.optimizers,
                         self.generator,
                         self.settings,
                     )
-        return self.average.network
+        self.average.swap()
+        return self.decoder
+
+    def _averaged(self) -> Average:
+        return Average(dict(self.decoder.named_parameters()), self.config.optimizer.ema)
 
     def _start(self) -> None:
         """The linear fit, where the decoder has room for it."""
@@ -160,7 +170,7 @@ class GaussianTrainer:
         rng = np.random.default_rng((self.config.seed, 1))
         chosen = rng.choice(len(self.training), min(self.config.start_assets, len(self.training)), replace=False)
         fit_start(self.decoder, self.model, [self.training[number] for number in chosen.tolist()], self.cache)
-        self.average = MovingAverage(self.decoder, self.config.optimizer.ema)
+        self.average = self._averaged()
 
     def _step(self, step: int) -> dict[str, float]:
         started = time.perf_counter()
@@ -169,15 +179,15 @@ class GaussianTrainer:
         voxels = self._voxels(asset)
         pictures, cameras = random_views(rng, asset, self.config.views)
         waited = time.perf_counter() - started
-        factor = rate_factor(step, self.config.steps, self.config.optimizer)
-        set_rates(self.optimizers, factor)
-        loss, terms = self._loss(self.decoder, voxels, pictures, cameras)
+        rate = rate_at(step, self.config.steps, self.config.optimizer)
+        set_rates(self.optimizers, rate)
+        loss, terms = self._loss(voxels, pictures, cameras)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.optimizer.max_grad_norm)
         if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
             for optimizer in self.optimizers:
                 optimizer.step()
-            self.average.update(self.decoder, step)
+            self.average.update(step)
             self.bad_steps = 0
         else:
             self.bad_steps += 1
@@ -191,18 +201,16 @@ class GaussianTrainer:
             "loss": float(loss.detach()),
             **terms,
             "grad norm": float(norm),
-            "rate": factor,
+            "rate": rate,
             "voxels": voxels.num_tokens,
             "seconds": time.perf_counter() - started,
             "data seconds": waited,
         }
 
-    def _loss(
-        self, decoder: GaussianDecoder, voxels: SparseTokens, pictures: Tensor, cameras: Cameras
-    ) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, voxels: SparseTokens, pictures: Tensor, cameras: Cameras) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-            raw = decoder(voxels)
-        gaussians = decoder.interpret(raw)
+            raw = self.decoder(voxels)
+        gaussians = self.decoder.interpret(raw)
         rendering = rasterize(gaussians, cameras, pictures.shape[1])
         terms, weights = rendering_terms(rendering, pictures), self.config.loss
         loss = weights.l1 * terms.l1 + weights.l2 * terms.l2 + weights.alpha * terms.coverage
@@ -214,10 +222,12 @@ class GaussianTrainer:
     def _validate(self) -> float:
         """Mean PSNR in dB over two views of each validation asset, with averaged weights."""
         found = []
+        self.average.swap()
         for number, asset in enumerate(self.validation):
             rng = np.random.default_rng((self.config.seed, _VALIDATION_STREAM, number))
             pictures, cameras = random_views(rng, asset, 2)
-            found.append(self._loss(self.average.network, self._voxels(asset), pictures, cameras)[1]["train psnr"])
+            found.append(self._loss(self._voxels(asset), pictures, cameras)[1]["train psnr"])
+        self.average.swap()
         return sum(found) / len(found)
 
     def _voxels(self, asset: StoredAsset) -> SparseTokens:

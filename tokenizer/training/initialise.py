@@ -1,4 +1,4 @@
-"""Starting points of a run: linear codes fitted to the data, or an earlier model."""
+"""Starting points of a small model: linear codes fitted to the data, and the same codes written in digits."""
 
 from __future__ import annotations
 
@@ -99,28 +99,6 @@ def set_codes(codes: LinearCodes, fitted: FittedCodes) -> None:
     codes.mean.copy_(fitted.means)
     codes.encoder.copy_(fitted.bases / fitted.spreads[..., None])
     codes.decoder.copy_(fitted.bases * fitted.spreads[..., None])
-
-
-@torch.no_grad()
-def start_from_model(network: ATokenNetwork, source: str) -> None:
-    """Copy the parameters of an earlier model of the same shapes.
-
-    If `network` quantises and the earlier model did not, its linear codes write their coefficients as digits.
-
-    Raises:
-        InputError: the model cannot be read or has other shapes.
-    """
-    from tokenizer.api import AToken
-
-    earlier = AToken.from_pretrained(source, dtype=torch.float32)
-    found, wanted = earlier.state_dict(), network.state_dict()
-    unfit = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
-    if unfit or len(found) != len(wanted):
-        keys = ", ".join(unfit[:3]) or "extra keys"
-        raise InputError(f"{source}: does not have the shapes of this run's model ({keys})")
-    network.load_state_dict(found)
-    if network.skip is not None and network.quantizer is not None and earlier.quantizer is None:
-        write_in_digits(network)
 
 
 @torch.no_grad()

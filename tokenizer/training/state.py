@@ -1,4 +1,4 @@
-"""The state of a run on disk: written whole or not at all, found again by itself."""
+"""The state of a single-process run on disk: written whole or not at all, found again by itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 from tokenizer.tensorio import write_pt
+from tokenizer.training.curriculum.optimization import Average
 
 STATE_FILE = "state.pt"
 
@@ -19,7 +20,7 @@ def save_state(
     folder: Path,
     step: int,
     network: nn.Module,
-    average: nn.Module,
+    average: Average,
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     settings: dict[str, Any],
@@ -28,7 +29,7 @@ def save_state(
     state = {
         "step": step,
         "network": network.state_dict(),
-        "average": average.state_dict(),
+        "average": average.values,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "generator": generator.get_state(),
         "settings": settings,
@@ -40,7 +41,7 @@ def save_state(
 def load_state(
     folder: Path,
     network: nn.Module,
-    average: nn.Module,
+    average: Average,
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     settings: dict[str, Any],
@@ -68,7 +69,8 @@ def load_state(
             "choose another out= folder or remove it"
         )
     network.load_state_dict(state["network"])
-    average.load_state_dict(state["average"])
+    for name, value in average.values.items():
+        value.copy_(state["average"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     generator.set_state(state["generator"])

@@ -24,7 +24,7 @@ from tokenizer.evaluation.command.cost import measured
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.samples import Frames, Sample
 from tokenizer.evaluation.command.systems import Copy, Role
-from tokenizer.evaluation.linear_code import LinearCodes
+from tokenizer.evaluation.linear_code import LinearCodes, fit_to_training_data
 
 NAMES: Final = ("jpeg", "webp", "linear", "x264", "flat")
 CPU: Final = torch.device("cpu")
@@ -243,9 +243,9 @@ class FlatSystem:
 
 
 def load_linear(path: Path, seed: int) -> LinearCodes:
-    """A saved linear code (.npz), or one fitted to a training store (a folder).
+    """A saved linear code (.npz), or one fitted to the training data of a run (its configuration, a YAML file).
 
     Raises:
         InputError: neither.
     """
-    return LinearCodes.fit(path, seed) if path.is_dir() else LinearCodes.load(path)
+    return fit_to_training_data(path, seed) if path.suffix in (".yaml", ".yml") else LinearCodes.load(path)

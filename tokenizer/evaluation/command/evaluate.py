@@ -53,7 +53,7 @@ class Options:
     models: names, folders or files; the baselines spend the bits of each. data: see `datasets.open_source`.
     metrics: of `METRICS`; None for all that the preset names and the installation has.
     baselines: of `baselines.NAMES`; None for all that can be had.
-    linear: a saved linear code, or a training store to fit one to. text: folder of a text tower.
+    linear: a saved linear code, or a run's configuration, to fit one to its data. text: folder of a text tower.
     fid_weights, fvd_weights: by default looked for in the user's cache.
     command: as it was typed, for the record.
     """
@@ -268,7 +268,7 @@ def _baselines(options: Options, systems: Sequence[System], notes: _Notes) -> li
             found += [baselines.SameRate(baselines.CODERS[name], system.name) for system in systems]
         elif name == "linear" and {"image", "video"} & set(options.preset.kinds):
             if options.linear is None:
-                notes.add("the linear code is left out: --linear names a saved one, or a training store to fit it to")
+                notes.add("the linear code is left out: --linear names a saved one, or a run's YAML to fit one")
             else:
                 bits = torch.finfo(models[0].model.dtype).bits if models else 32
                 codes = baselines.load_linear(options.linear, options.seed)

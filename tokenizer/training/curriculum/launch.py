@@ -92,7 +92,7 @@ def train(
         objective = make_objective(config, device)
         # A run that goes on has its linear codes in its checkpoint: fitting them takes minutes.
         goes_on = newest_good(folder / CHECKPOINTS) is not None
-        model = starting_model(config, tower, None if goes_on else lambda: _more_batches(config))
+        model = starting_model(config, tower, None if goes_on else lambda: training_batches(config))
         # Counted before FSDP2 replaces the parameters by shares of them.
         work = Work(model)
         patch_size = network_config(config).patch_size
@@ -140,8 +140,8 @@ def _open_source(config: RunConfig, processes: Processes) -> StepSource:
     return source
 
 
-def _more_batches(config: RunConfig) -> Iterator[StepBatch]:
-    """The training data from its beginning, beside the source of the run; the same in every process."""
+def training_batches(config: RunConfig) -> Iterator[StepBatch]:
+    """The training data of a run from its beginning, beside the source of the run; the same in every process."""
     source = find_opener(config.loader)(config.data, seed=config.seed, rank=0, world=1, quarantine_file=None)
     try:
         yield from chain.from_iterable(iter(lambda: next(source, ()), ()))

@@ -20,8 +20,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tokenizer.atomic import atomic_path
 from tokenizer.training.progress import training_progress
-from tokenizer.training.trainer import forget_log_after
 
 METRICS, SPEED, TENSORBOARD = "metrics.jsonl", "speed.jsonl", "tensorboard"
 
@@ -104,6 +104,23 @@ class Records:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def forget_log_after(path: Path, step: int) -> None:
+    """Drop from a JSONL log what a stopped run wrote after its last state, of `step` steps; those steps come again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(line for line in lines if _precedes(line, step)), encoding="utf-8")
+
+
+def _precedes(line: str, step: int) -> bool:
+    """Whether a line of the log is whole and belongs to what a state of `step` steps holds."""
+    try:
+        return step > 0 and int(json.loads(line)["step"]) <= step
+    except json.JSONDecodeError:
+        return False
 
 
 def has_tensorboard() -> bool:
