@@ -6,9 +6,10 @@ Started alone it is one process; started by torchrun, one of several.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +30,12 @@ from tokenizer.training.curriculum.preparation import Preparer
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.records import Records
 from tokenizer.training.curriculum.start import starting_model
-from tokenizer.training.curriculum.tasks import TASKS, is_understanding
+from tokenizer.training.curriculum.tasks import IMAGE_RECONSTRUCTION, TASKS, VIDEO_RECONSTRUCTION, is_understanding
 from tokenizer.training.curriculum.torch_engine import TorchEngine
 from tokenizer.training.curriculum.validation import Validation
 from tokenizer.training.feeding import StepBatch, StepSource, find_held_out, find_opener
+
+_PIXELS = (IMAGE_RECONSTRUCTION, VIDEO_RECONSTRUCTION)
 
 QUARANTINE = "quarantine.jsonl"
 """File of a run that names broken samples."""
@@ -141,12 +144,26 @@ def _open_source(config: RunConfig, processes: Processes) -> StepSource:
 
 
 def training_batches(config: RunConfig) -> Iterator[StepBatch]:
-    """The training data of a run from its beginning, beside the source of the run; the same in every process."""
-    source = find_opener(config.loader)(config.data, seed=config.seed, rank=0, world=1, quarantine_file=None)
+    """What a run trains reconstruction of pictures and clips on, from its beginning; the same in every process.
+
+    Beside the source of the run. Other tasks are not read: looking at many crops would take minutes longer.
+    """
+    source = find_opener(config.loader)(
+        pixels_alone(config.data), seed=config.seed, rank=0, world=1, quarantine_file=None
+    )
     try:
         yield from chain.from_iterable(iter(lambda: next(source, ()), ()))
     finally:
         source.close()
+
+
+def pixels_alone(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a loader that reads pictures and clips for reconstruction and nothing else, where it has any."""
+    ratios = {task: ratio for task, ratio in data.get("ratios", {}).items() if task in _PIXELS}
+    if not ratios:
+        return dict(data)
+    sources = [source for source in data.get("sources", ()) if source.get("task") in ratios]
+    return {**data, "ratios": ratios, "every_step": [], "sources": sources}
 
 
 def _teacher(config: RunConfig, tower: TextTower | None, device: torch.device) -> ImageNetwork | None:
