@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokenizer.model.config import ATokenConfig
 from tokenizer.model.digits import LEVEL_VALUES, code_in_digits
+from tokenizer.model.plan import host_rows
 from tokenizer.model.precision import at_least_float32
 
 BASE = 4
@@ -243,13 +244,9 @@ def make_skip(config: ATokenConfig) -> PiecewiseLinearCode | None:
 
 
 def _apart(still: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows of single frames and of clips, on a CPU, where each sort is worth computing alone.
-
-    None where finding them would make the host wait for a device, or a compiler stop.
-    """
-    if still.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    return still.nonzero()[:, 0], (~still).nonzero()[:, 0]
+    """Rows of single frames and of clips, where they are worth computing alone (`host_rows`)."""
+    stills, clips = host_rows(still), host_rows(~still)
+    return None if stills is None or clips is None else (stills, clips)
 
 
 def _in_order(parts: list[Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:

@@ -155,6 +155,16 @@ def segment_extent(positions: Tensor, segment: Tensor, count: int) -> Tensor:
     return largest[segment] + 1
 
 
+def host_rows(mask: Tensor) -> Tensor | None:
+    """Rows where bool [N] is true, on a CPU, where each sort of row is worth computing alone.
+
+    None where finding them would make the host wait for a device, or a compiler stop.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return mask.nonzero()[:, 0]
+
+
 def _cumulative(lengths: Tensor) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
 

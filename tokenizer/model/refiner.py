@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.model.config import ATokenConfig, RefinerConfig
-from tokenizer.model.plan import Plan
+from tokenizer.model.plan import Plan, host_rows
 
 _SIDE = 4096
 """Positions lie below this (`SparseTokens`)."""
@@ -68,7 +68,7 @@ class Refiner(nn.Module):
         shown = shown.flatten()
         neighbours = _neighbours_of_frames(plan.table("neighbours", lambda: neighbours_of(plan)), frames)
         pixels = plan.gather(patches).reshape(-1, height, width, 3)
-        rows = _worth_computing(shown)
+        rows = host_rows(shown)
         if rows is not None and not len(rows):
             return patches
         # A frame that is not shown is nobody's neighbour, so that a still next to a clip sees none of its later frames.
@@ -149,13 +149,6 @@ def _neighbours_of_frames(neighbours: Tensor, frames: int) -> Tensor:
     frame = torch.arange(frames, device=neighbours.device)[None, :, None]
     rows = torch.where(neighbours == count, count * frames, neighbours * frames)[:, None]
     return torch.where(rows == count * frames, rows, rows + frame).flatten(0, 1)
-
-
-def _worth_computing(shown: Tensor) -> Tensor | None:
-    """Rows that are shown, on a CPU; None where finding them would make the host wait, or a compiler stop."""
-    if shown.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    return shown.nonzero()[:, 0]
 
 
 def make_refiner(config: ATokenConfig) -> Refiner | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizer.errors import InputError
 from tokenizer.training.ablations.perception import MEASURED
 from tokenizer.training.ablations.plan import Study, Variant
-from tokenizer.training.curriculum.records import METRICS, SPEED
+from tokenizer.training.curriculum.records import METRICS, SPEED, lines_of
 
 _VALIDATION = "validation/"
 
@@ -28,18 +26,6 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.steps + other.steps, self.tokens + other.tokens, self.seconds + other.seconds)
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file of a run.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is not the log of a run ({error}); remove the run and train it again") from None
 
 
 def cost_of(run: Path) -> Cost:

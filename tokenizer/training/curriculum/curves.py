@@ -8,17 +8,15 @@ zero-shot accuracies, with the share of the most frequent class dashed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError, require_package
-from tokenizer.training.curriculum.records import METRICS
+from tokenizer.training.curriculum.records import METRICS, lines_of
 
 _WINDOW = 5
 """Records that a training curve is averaged over."""
@@ -55,7 +53,9 @@ def read_stages(runs: Sequence[Path]) -> Stages:
     starts: list[tuple[int, str]] = []
     first = 0
     for run in runs:
-        lines = _lines(run / METRICS)
+        lines = lines_of(run / METRICS)
+        if not lines:
+            raise InputError(f"{run / METRICS}: the log is empty")
         starts.append((first, run.name))
         trained = [(first + line["step"], float(line["loss"])) for line in lines if "loss" in line]
         loss += _smooth(trained)
@@ -113,16 +113,6 @@ def draw_stages(stages: Stages, out: Path) -> None:
     with atomic_path(out) as path:
         figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is not the log of a run: {error}") from None
-    if not found:
-        raise InputError(f"{path}: the log is empty")
-    return found
 
 
 def _smooth(points: Points) -> Points:

@@ -21,9 +21,22 @@ from typing import Any
 from rich.console import Console
 
 from tokenizer.atomic import atomic_path
+from tokenizer.errors import InputError
 from tokenizer.training.progress import training_progress
 
 METRICS, SPEED, TENSORBOARD = "metrics.jsonl", "speed.jsonl", "tensorboard"
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """One of these files, line by line.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is not the log of a run ({error}); remove the run and train it again") from None
 
 
 class Records:
