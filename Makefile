@@ -1,5 +1,5 @@
 # make demo    tokenize and reconstruct a photograph, a clip and a 3D model with the bundled model
-# make test    the test suite
+# make test    the test suite, in TEST_PROCESSES processes (2)
 # make lint    ruff and mypy
 # make bench   speed of the tokenizer, of 3D assets, of loading, of measuring and of training, on this machine
 # make nano    install and build the training data, train the bundled models anew and measure them (hours on a CPU)
@@ -10,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -20,8 +21,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/atoken demo --out outputs/demo
 
+# Small tests gain little from a second thread, so processes of one thread each: on two cores they take half the time.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
