@@ -2,7 +2,7 @@
 # make test    the test suite, in TEST_PROCESSES processes (2)
 # make lint    ruff and mypy
 # make bench   speed of the tokenizer, of 3D assets, of loading, of measuring and of training, on this machine
-# make nano    install and build the training data, train the bundled models anew and measure them (hours on a CPU)
+# make nano    install and build the training data, train nano in four stages and measure it (hours on a CPU)
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
 # from:  make test PYTHON=python3.12 TORCH_ARGS='--index-url URL'
@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/atoken demo --out outputs/demo
 
-# Small tests gain little from a second thread, so processes of one thread each: on two cores they take half the time.
+# Small tests gain little from a second thread, so processes of one thread each.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 

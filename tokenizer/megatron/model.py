@@ -36,7 +36,7 @@ from tokenizer.model.plan import item_segments, tile_plan
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
 from tokenizer.model.precision import full_precision
-from tokenizer.model.refiner import make_refiner
+from tokenizer.model.refiner import finished, make_refiner
 from tokenizer.model.rope import rotary_table
 from tokenizer.quantizers import Quantizer, make_quantizer
 from tokenizer.sparse import SparseTokens
@@ -218,12 +218,8 @@ class MegatronAToken(MegatronModule):  # type: ignore[misc]
         assert self.decoder is not None
         read = self.skip.read(latents.features) if self.skip is not None else None
         patches = self.decoder.to_patches(self.decoder.run(latents.features, self._packing(latents), read))
-        if self.skip is not None:
-            patches = patches + self.skip.decode(latents.features)
-        if self.refiner is not None:
-            still = self.skip.is_still(latents.features) if self.skip is not None else None
-            patches = self.refiner(patches, tile_plan(latents, self.network_config.tile_steps), still)
-        return latents.with_features(patches)
+        plan = tile_plan(latents, self.network_config.tile_steps)
+        return latents.with_features(finished(patches, latents.features, plan, self.skip, self.refiner))
 
     def _packing(self, tokens: SparseTokens) -> Packing:
         return pack(tokens, self.network_config.tile_steps, self.parallel.token_multiple)

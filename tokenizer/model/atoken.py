@@ -24,7 +24,7 @@ from tokenizer.model.piecewise import make_skip
 from tokenizer.model.plan import Plan, item_segments, tile_plan
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.posterior import Posterior
-from tokenizer.model.refiner import make_refiner
+from tokenizer.model.refiner import finished, make_refiner
 from tokenizer.model.transformer import Block, BlockCache, Observer, Transformer
 from tokenizer.quantizers import Quantized, Quantizer, make_quantizer
 from tokenizer.sparse import SparseTokens
@@ -152,11 +152,7 @@ class ATokenNetwork(nn.Module):
         assert self.decoder is not None
         read = self.skip.read(latents) if self.skip is not None else None
         patches: Tensor = self.decoder(latents, plan, caches, observe, read)
-        if self.skip is not None:
-            patches = patches + self.skip.decode(latents)
-        if self.refiner is not None:
-            patches = self.refiner(patches, plan, self.skip.is_still(latents) if self.skip is not None else None)
-        return patches
+        return finished(patches, latents, plan, self.skip, self.refiner)
 
     def checked_latents(self, latents: SparseTokens) -> SparseTokens:
         """`latents` as the decoder reads them: indices turned into values, cast to the model's dtype, checked."""

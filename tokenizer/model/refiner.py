@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.model.config import ATokenConfig, RefinerConfig
+from tokenizer.model.piecewise import PiecewiseLinearCode
 from tokenizer.model.plan import Plan, host_rows
 
 _SIDE = 4096
@@ -61,11 +62,7 @@ class Refiner(nn.Module):
         """
         frames, height, width = self.patch_size
         seen = plan.table("refined", lambda: _flat_tokens(plan))  # [N] in segment order
-        shown = seen[:, None].expand(-1, frames)
-        if still is not None:
-            later = torch.arange(frames, device=still.device) > 0
-            shown = shown & ~(plan.gather(still)[:, None] & later)
-        shown = shown.flatten()
+        shown = _shown(seen, None if still is None else plan.gather(still), frames).flatten()
         neighbours = _neighbours_of_frames(plan.table("neighbours", lambda: neighbours_of(plan)), frames)
         pixels = plan.gather(patches).reshape(-1, height, width, 3)
         rows = host_rows(shown)
@@ -106,6 +103,14 @@ def _bordered(x: Tensor, neighbours: Tensor) -> Tensor:
 
 def _edge(cells: Tensor, rows: Tensor) -> Tensor:
     return F.pad(cells, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, rows)
+
+
+def _shown(seen: Tensor, still: Tensor | None, frames: int) -> Tensor:
+    """bool [N, frames]: the frames that a picture or clip has; of a still, the first."""
+    shown = seen[:, None].expand(-1, frames)
+    if still is None:
+        return shown
+    return shown & ~(still[:, None] & (torch.arange(frames, device=still.device) > 0))
 
 
 def _segment_numbers(plan: Plan) -> Tensor:
@@ -149,6 +154,21 @@ def _neighbours_of_frames(neighbours: Tensor, frames: int) -> Tensor:
     frame = torch.arange(frames, device=neighbours.device)[None, :, None]
     rows = torch.where(neighbours == count, count * frames, neighbours * frames)[:, None]
     return torch.where(rows == count * frames, rows, rows + frame).flatten(0, 1)
+
+
+def finished(
+    patches: Tensor, latents: Tensor, plan: Plan, skip: PiecewiseLinearCode | None, refiner: Refiner | None
+) -> Tensor:
+    """What the decoder's transformer wrote [N, P], with what small models add to it; in batch order.
+
+    Args:
+        latents: [N, C] that were decoded.
+    """
+    if skip is not None:
+        patches = patches + skip.decode(latents)
+    if refiner is not None:
+        patches = refiner(patches, plan, skip.is_still(latents) if skip is not None else None)
+    return patches
 
 
 def make_refiner(config: ATokenConfig) -> Refiner | None:
