@@ -131,18 +131,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16"], choices=sorted(DTYPES))
     parser.add_argument("--batches", nargs="*", type=int)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, without graph breaks")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     batches = options.batches or ([1, 4] if device.type == "cpu" else [1, 4, 64])
     report: dict[str, Any] = {"command": " ".join(["python -m benchmarks.tokenizer", *arguments]), **describe(device)}
-    report["config"], report["records"] = options.config, []
+    report |= {"config": options.config, "compiled": options.compile, "records": []}
     console = Console()
     for name in options.dtype:
         with torch.device(device):
             network = ATokenNetwork(CONFIGS[options.config])
         network.reset_parameters(torch.Generator(device=device).manual_seed(0))
-        network = network.to(DTYPES[name]).eval()
+        network = network.to(DTYPES[name]).eval().requires_grad_(False)
+        if options.compile:
+            for block in (block for stack in network.transformers() for block in stack.blocks):
+                block.compile(fullgraph=True)
         report[f"attention {name}"] = attention_backend(device, DTYPES[name])
         report["records"] += [{"dtype": name, **record} for record in measure(network, cases(batches), options.repeats)]
         console.print(f"[dim]{name} done[/dim]")

@@ -6,6 +6,7 @@ the host. Nothing waits for the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -85,10 +86,16 @@ class Batch:
         if device is not None and torch.device(device).type == "cuda":
             places = places.pin_memory()
         tokens = SparseTokens(torch.empty(len(places), 0), places, lengths).to(device)
+        parts = [_bytes_of(item, patch_size) for item in self.items]
         features = torch.zeros(len(places), channels, dtype=dtype, device=device)
-        for item, part in zip(self.items, features.split(lengths), strict=True):
-            values = _values(item, tokens.device, patch_size)
-            part[:, : values.shape[1]] = values
+        start = 0
+        # Items of a task are alike: one copy to the device, and a few operations there, whatever their number.
+        for (is_asset, width), run in itertools.groupby(zip(self.items, parts, strict=True), _sort_of):
+            values = _on_device([part for _, part in run], tokens.device)
+            features[start : start + len(values), :width] = (
+                _asset_values(values) if is_asset else uint8_to_float(values)
+            )
+            start += len(values)
         return tokens.with_features(features)
 
     def sizes(self) -> list[VisualSize] | list[AssetSize]:
@@ -122,15 +129,35 @@ class Batch:
         return positions
 
 
-def _values(item: Item, device: torch.device, patch_size: PatchSize) -> Tensor:
-    """[N, C] float32 in [-1, 1] on the device, C as many channels as the item fills."""
-    if item.pixels is not None:
-        pixels = item.pixels.to(device, non_blocking=True)
-        if pixels.ndim == 3:
-            return uint8_to_float(patchify(pixels[None], (1, *patch_size[1:])))
-        return uint8_to_float(patchify(pixels, patch_size))
-    assert item.features is not None  # `_positions` has refused anything else
-    return item.features.to(device, non_blocking=True).float() / 255 * 2 - 1
+def _bytes_of(item: Item, patch_size: PatchSize) -> Tensor:
+    """uint8 [N, C], C as many channels as the item fills."""
+    if item.pixels is None:
+        assert item.features is not None  # `_positions` has refused anything else
+        return item.features
+    if item.pixels.ndim == 3:
+        return patchify(item.pixels[None], (1, *patch_size[1:]))
+    return patchify(item.pixels, patch_size)
+
+
+def _sort_of(pair: tuple[Item, Tensor]) -> tuple[bool, int]:
+    """What items need to have in common to become numbers together."""
+    item, part = pair
+    return item.pixels is None, part.shape[1]
+
+
+def _on_device(parts: list[Tensor], device: torch.device) -> Tensor:
+    """uint8 [n, C] each -> all of them, one behind the other, on the device; nobody waits for it."""
+    if device.type == "cpu":
+        return torch.cat(parts)
+    rows = sum(len(part) for part in parts)
+    together = torch.empty(rows, parts[0].shape[1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    torch.cat(parts, out=together)
+    return together.to(device, non_blocking=True)
+
+
+def _asset_values(values: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], as voxels are read (FORMAT 11)."""
+    return values.float() / 255 * 2 - 1
 
 
 def _visual_size(pixels: Tensor) -> VisualSize:

@@ -90,7 +90,7 @@ class DataConfig:
     every_step: tuple[Task, ...] = EVERY_STEP
     workers: int = 0
     look_ahead: dict[Task, int] = field(default_factory=dict)
-    ahead: int = 8
+    ahead: int = 32
     oversized: Oversized = "skip"
     timeout: float = 300.0
     max_broken: float = 0.05
@@ -182,7 +182,8 @@ def open_held_out(sources: Sequence[Mapping[str, Any]], *, budget: int, limit: i
     for number, settings in enumerate(sources):
         config = parse_config(SourceConfig, settings, f"validation.sources {number}")
         feed = open_feed(replace(config, decode=replace(config.decode, training=False)), seed=0)
-        items = itertools.islice(read_items(feed.shards, feed.decode), limit)
+        quarantine = Quarantine(max_share=1.0)
+        items = itertools.islice(read_items(feed.shards, feed.decode, quarantine=quarantine), limit)
         batches: list[Batch] = []
         tokens = budget + 1
         for item in items:
@@ -194,6 +195,9 @@ def open_held_out(sources: Sequence[Mapping[str, Any]], *, budget: int, limit: i
             batches[-1].items.append(item)
             tokens += item.tokens
         if not batches:
-            raise InputError(f"held-out source {config.name}: none of its samples can be used with {budget} tokens")
+            why = f"; {quarantine.bad} are broken, the last: {quarantine.last}" if quarantine.bad else ""
+            raise InputError(
+                f"held-out source {config.name}: none of its samples can be used with {budget} tokens{why}"
+            )
         found[config.name] = batches
     return found

@@ -27,6 +27,10 @@ class Quarantine:
     Args:
         max_share: share of all samples that may be broken; more stop the run.
         file: where broken samples are named; nowhere by default.
+
+    Attributes:
+        good, causes: samples that were used, and that were lost by cause.
+        last: what the last fault was; empty without one.
     """
 
     def __init__(self, max_share: float = 0.05, file: str | os.PathLike[str] | None = None) -> None:
@@ -36,6 +40,7 @@ class Quarantine:
         self.file = None if file is None else Path(file)
         self.good = 0
         self.causes: Counter[str] = Counter()
+        self.last = ""
         # A broken shard is one line, not one for each of its samples.
         self._named: set[tuple[str, str, str]] = set()
 
@@ -55,6 +60,7 @@ class Quarantine:
             InputError: more than the allowed share of samples is broken.
         """
         self.causes[fault.cause] += fault.samples
+        self.last = fault.detail
         self._name(fault)
         seen = self.good + self.bad
         if seen >= ENOUGH_TO_JUDGE and self.bad > self.max_share * seen:

@@ -39,7 +39,7 @@ LOOK_AHEAD: Mapping[Task, int] = {
     Task.ASSET_UNDERSTANDING: 16,
     Task.ASSET_RECONSTRUCTION: 16,
 }
-"""Decoded samples that packing chooses from; they are held in memory."""
+"""Decoded samples that packing chooses from, at least (`Packer`); they are held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Loader:
         workers: processes that read and decode; 0 does it here, when a batch is asked for.
         rank, world: which process of the run this is, of how many.
         look_ahead: samples to choose from when a batch is packed, by task.
-        ahead: chunks of each source that are read ahead.
+        ahead: chunks of each source that workers read ahead; a batch waits for what it takes beyond them.
         oversized: what becomes of a sample larger than its budget; skipped ones count as broken.
         quarantine: counts broken samples and stops the run where there are too many.
         timeout: seconds after which a worker that gives nothing is replaced.
@@ -90,7 +90,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         look_ahead: Mapping[Task, int] = LOOK_AHEAD,
-        ahead: int = 8,
+        ahead: int = 32,
         oversized: Oversized = "skip",
         quarantine: Quarantine | None = None,
         timeout: float = 300.0,

@@ -1,9 +1,10 @@
 """Packing: samples of any size into batches under a token budget, online, in bounded memory, without padding.
 
-The packer looks ahead over at most `buffer` samples. A batch starts with the oldest of them, so none waits for more
-than `buffer` batches, and is filled with those whose sizes come closest to the budget: not greedily, but the best
-subset, found exactly with the bits of one whole number (bit s is set if some subset has s tokens). Of equally good
-subsets the one of older samples wins, so the order of batches is a function of the sizes alone.
+The packer looks ahead over `buffer` samples, or more where those are too small for two batches. A batch starts with the
+oldest of them, so none waits for more batches than there were samples before it, and is filled with those whose sizes
+come closest to the budget: not greedily, but the best subset, found exactly with the bits of one whole number (bit s is
+set if some subset has s tokens). Of equally good subsets the one of older samples wins, so the order of batches is a
+function of the sizes alone.
 
 A packer's state holds no sample: only where each waiting one stood in the source. To resume, the source is read again
 from `replay_from` on, at most a few batches back, and what has already gone out is passed by.
@@ -20,6 +21,9 @@ from typing import Any, Generic, Literal, TypeVar
 from tokenizer.errors import InputError
 
 Sample = TypeVar("Sample")
+
+BATCHES_AHEAD = 2
+"""Budgets of tokens that are looked at ahead, at least: what a batch takes, and as much to choose from."""
 
 Oversized = Literal["skip", "alone", "refuse"]
 """What becomes of a sample that is larger than the budget: reported and left out; a batch of its own; an error."""
@@ -74,7 +78,8 @@ class Packer(Generic[Sample]):
     Args:
         budget: tokens of a batch, at most.
         size: the number of tokens of a sample, at least 1; always the same for the same sample.
-        buffer: samples looked at ahead.
+        buffer: samples looked at ahead, at least; as many more as `BATCHES_AHEAD` batches hold, for a batch cannot be
+            fuller than what is there to fill it.
         oversized: what becomes of a sample larger than the budget.
         on_skip: called with each skipped sample and the reason, once, also across resumes.
 
@@ -161,15 +166,17 @@ class Packer(Generic[Sample]):
 
     def _fill(self, stream: Iterator[Sample]) -> bool:
         """Look ahead until the buffer is full; false if the source ended first."""
-        while len(self._waiting) < self.buffer:
+        tokens = sum(self._waiting.values())
+        while len(self._waiting) < self.buffer or tokens < BATCHES_AHEAD * self.budget:
             try:
                 sample = next(stream)
             except StopIteration:
                 return False
-            self._take(sample)
+            tokens += self._take(sample)
         return True
 
-    def _take(self, sample: Sample) -> None:
+    def _take(self, sample: Sample) -> int:
+        """Let a sample wait, or leave it out; tokens that wait for it."""
         place, tokens = self._taken, self._size(sample)
         if tokens < 1:
             raise InputError(f"sample {place} of the source has {tokens} tokens; leave empty samples out")
@@ -180,10 +187,12 @@ class Packer(Generic[Sample]):
             self.report.skipped += 1
             if self._on_skip is not None:
                 self._on_skip(sample, reason)
+            tokens = 0
         else:
             self._waiting[place] = tokens
             self._samples[place] = sample
         self._taken += 1
+        return tokens
 
     def _choose(self) -> list[int]:
         """Places of the next batch: the oldest waiting sample and what fills up best with it."""

@@ -3,13 +3,13 @@
 # time. Run from the repository root on a CUDA machine, inside the environment that has torch and this project:
 #   scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]
 # RESULTS is the folder for logs and figures; SETS the training sets (scripts/build_nano_data.sh makes datasets/sets),
-# STEPS how long stage 2 trains, the other stages in proportion; ASSETS a store of rendered assets
+# STEPS how long stage 2 trains (0.15 s each on an H100), the other stages in proportion; ASSETS a store of rendered assets
 # (python -m data.sources.furniture), for the Gaussian decoder that stage 3 starts from.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:?usage: scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]}
 sets=${2:-}
-steps=${3:-20000}
+steps=${3:-10000}
 assets=${4:-}
 mkdir -p "$results"
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name(0).replace(" ", "-").lower())') || exit 1
@@ -30,11 +30,16 @@ run tests python3 -m pytest tests/gpu -rs
 run parity python3 -m tokenizer.parity tests/golden --device cuda
 run parity-bf16 python3 -m tokenizer.parity tests/golden --device cuda --dtype bfloat16
 run speed python3 -m benchmarks.tokenizer --device cuda --out "$results/tokenizer-$device.json"
+run speed-compiled python3 -m benchmarks.tokenizer --device cuda --dtype bf16 --batches 64 --compile --repeats 10 \
+    --out "$results/tokenizer-compiled-$device.json"
 run assets python3 -m benchmarks.assets --device cuda --out "$results/assets-$device.json"
 run fp8 python3 -m benchmarks.fp8 --device cuda --out "$results/fp8-$device.json"
 run fp8-compiled python3 -m benchmarks.fp8 --device cuda --compile --backend torchao \
     --out "$results/fp8-compiled-$device.json"
-run training python3 -m benchmarks.training --device cuda --fp8 --micro-batches 2 --out "$results/training-$device.json"
+run training-base python3 -m benchmarks.training --device cuda --fp8 --compile --model base \
+    --out "$results/training-base-$device.json"
+run training-so400m-c python3 -m benchmarks.training --device cuda --fp8 --compile --model so400m-c --engines native \
+    --tokens 8192 --micro-batches 4 --out "$results/training-so400m-c-$device.json"
 run evaluation python3 -m benchmarks.evaluation --device cuda --out "$results/evaluation-$device.json"
 
 stage() { # number, steps, key=value...: trains a stage of nano on $sets
@@ -43,8 +48,10 @@ stage() { # number, steps, key=value...: trains a stage of nano on $sets
     # Shards are named in a list, where key=value does not reach.
     sed "s#datasets/sets#$sets#" "configs/tokenizer/stages/nano-stage$number.yaml" >"$results/nano-stage$number.yaml"
     run "train-stage$number" python3 -m tokenizer.training.curriculum --config "$results/nano-stage$number.yaml" \
-        --device cuda out="$results/nano-stage$number" steps="$length" precision=bf16 perceptual_images=16 \
-        checkpoint.every=500 validation.every=1000 log.pictures_every=2000 "$@"
+        --device cuda out="$results/nano-stage$number" steps="$length" precision=bf16 perceptual_images=8 \
+        checkpoint.every=500 validation.every=500 log.pictures_every=2000 \
+        data.workers="$workers" data.ahead=64 optimizer.warmup=100 optimizer.ema=0.998 optimizer.codes_lr_factor=0.05 \
+        optimizer.refiner_lr_factor=4.0 "$@"
 }
 
 measure() { # name, options...: of the continuous model and the discrete one
@@ -55,11 +62,13 @@ measure() { # name, options...: of the continuous model and the discrete one
 }
 
 if [ -n "$sets" ]; then
-    # Tokens of a step, eight times as many as on a CPU (of assets four times).
-    budgets=(data.budgets.image_understanding=4096 data.budgets.image_reconstruction=8192)
-    stage 1 $((steps * 3 / 10)) "${budgets[@]}"
-    budgets+=(data.budgets.video_understanding=8192 data.budgets.video_reconstruction=4608)
-    stage 2 "$steps" start.source="$results/nano-stage1" "${budgets[@]}"
+    # Tokens of a step: as many as 16 cores decode while a GPU computes, four to eight times those on a CPU.
+    workers=$(($(nproc) > 4 ? $(nproc) - 2 : 2))
+    fast=(optimizer.lr=6.0e-4 optimizer.plain_lr=1.0e-3)
+    budgets=(data.budgets.image_understanding=1024 data.budgets.image_reconstruction=4096)
+    stage 1 $((steps * 3 / 10)) "${fast[@]}" "${budgets[@]}"
+    budgets+=(data.budgets.video_understanding=2048 data.budgets.video_reconstruction=2304)
+    stage 2 "$steps" start.source="$results/nano-stage1" "${fast[@]}" "${budgets[@]}"
     gaussians=null
     if [ -n "$assets" ]; then
         gaussians=$results/nano-gaussians
@@ -67,7 +76,7 @@ if [ -n "$sets" ]; then
             --config configs/tokenizer/nano-gaussians.yaml model="$results/nano-stage2/model" data="$assets" \
             out="$gaussians" steps="$steps" views=4
     fi
-    budgets+=(data.budgets.asset_understanding=16384 data.budgets.asset_reconstruction=12288)
+    budgets+=(data.budgets.asset_understanding=12288 data.budgets.asset_reconstruction=6144)
     stage 3 $((steps * 7 / 10)) start.source="$results/nano-stage2" start.gaussians="$gaussians" "${budgets[@]}"
     stage 4 $((steps * 3 / 10)) start.source="$results/nano-stage3" "${budgets[@]}"
     measure pictures --data packaged --preset nano --linear tests/linear_code.npz

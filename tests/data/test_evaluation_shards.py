@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.config import open_held_out
 from data.evaluation import PackedAsset, ShardSource, open_shards
 from data.shards.manifest import read_set
 from tests.data.made_samples import asset_files, clip_file, picture_file, scene
@@ -106,3 +107,10 @@ def test_latents_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latents.tar").write_bytes(tar_of([("a.latents.safetensors", b"x")]))
     with pytest.raises(InputError, match="holds latents"):
         open_shards(str(tmp_path / "latents.tar"))
+
+
+def test_a_held_out_source_of_broken_samples_says_what_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "broken.tar").write_bytes(tar_of([("0000.png", b"no picture"), ("0001.png", b"none either")]))
+    settings = {"name": "mine", "task": "image_reconstruction", "shards": str(tmp_path / "broken.tar")}
+    with pytest.raises(InputError, match=r"mine: none of its samples .*; 2 are broken, the last: broken\.tar/0001"):
+        open_held_out([settings], budget=256, limit=10)

@@ -81,7 +81,7 @@ def test_streams_go_on_wherever_they_were_cut(
 
 @QUICK
 @given(SIZES, st.integers(1, 9))
-def test_no_sample_waits_for_more_batches_than_the_buffer_holds(sizes: list[int], buffer: int) -> None:
+def test_no_sample_waits_for_more_batches_than_there_were_samples_before_it(sizes: list[int], buffer: int) -> None:
     taken = 0
 
     def source() -> itertools.chain[Numbered]:
@@ -93,10 +93,23 @@ def test_no_sample_waits_for_more_batches_than_the_buffer_holds(sizes: list[int]
         return itertools.chain(map(count, numbered(sizes)))
 
     entered: dict[int, int] = {}
+    before: dict[int, int] = {}
+    gone: set[int] = set()
     for number, batch in enumerate(packer(buffer, "alone").batches(source())):
-        for place in range(taken):
-            entered.setdefault(place, number)
-        assert all(number - entered[place] < buffer for place, _ in batch)
+        for place in range(len(entered), taken):
+            entered[place], before[place] = number, place - len(gone)
+        assert all(number - entered[place] <= before[place] for place, _ in batch)
+        gone |= {place for place, _ in batch}
+
+
+@QUICK
+@given(st.integers(1, 6), st.integers(1, 9))
+def test_a_batch_of_small_samples_is_full(tokens: int, buffer: int) -> None:
+    """However few samples are asked for: as many are looked at as a batch needs."""
+    packing = packer(buffer)
+    list(packing.batches(numbered([tokens] * 60)))
+    assert packing.report.running.batches > 1
+    assert packing.report.running.largest == BUDGET % tokens
 
 
 @QUICK

@@ -76,7 +76,7 @@ def test_packed_tokens_get_what_dense_convolutions_give(
     mixed = SparseTokens(batch.features[shuffled], batch.positions[shuffled], batch.lengths)
     with pytest.MonkeyPatch.context() as patch:
         if device_path:
-            patch.setattr(module, "host_rows", lambda _: None)
+            patch.setattr(module, "host_rows", lambda *_, **__: None)
         found = refiner(mixed.features, tile_plan(mixed, 2), None)
     found = found[torch.argsort(shuffled)]
     for one, grid, rows in zip(items, sizes, found.split(batch.lengths.tolist()), strict=True):
@@ -96,7 +96,7 @@ def test_assets_and_later_frames_of_stills_pass_unchanged(device_path: bool, mon
     batch = SparseTokens.cat([still, voxels, clip])
     flags = torch.arange(len(batch.features)) < len(still.features)
     if device_path:
-        monkeypatch.setattr(module, "host_rows", lambda _: None)
+        monkeypatch.setattr(module, "host_rows", lambda *_, **__: None)
     found = refiner(batch.features, tile_plan(batch, 2), flags)
     first, asset, last = found.split(batch.lengths.tolist())
     assert torch.equal(asset, voxels.features)

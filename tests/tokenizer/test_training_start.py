@@ -82,6 +82,22 @@ def test_codes_are_what_they_claim() -> None:
     assert torch.equal(fit_codes(patches, 4, 4, 8, torch.Generator().manual_seed(0)).bases, fitted.bases)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_common_code_is_principal_components_of_everything(seed: int) -> None:
+    """So no patch is coded worse than by them, however unlike the rest it is."""
+    patches = clustered(seed)
+    flat = patches.flatten(0, 1)
+    centred = flat - flat.mean(dim=0)
+    basis = principal_components(centred, 4)
+    best = (centred - centred @ basis @ basis.T).square().mean(dim=1)
+    fitted = fit_codes(patches, 4, 4, 12, torch.Generator().manual_seed(seed), common=True)
+    torch.testing.assert_close(fitted.means[-1], flat.mean(dim=0), atol=1e-5, rtol=0)
+    ours = flat - fitted.means[-1]
+    ours = (ours - ours @ fitted.bases[-1].T @ fitted.bases[-1]).square().mean(dim=1)
+    assert float(ours.mean()) == pytest.approx(float(best.mean()), rel=1e-3)
+    assert fitted.error < 0.7 * float(best.mean())  # the other codes share what is common
+
+
 POOR = {
     "flat": torch.zeros(8, 16, 24),
     "few": clustered(0, 1),

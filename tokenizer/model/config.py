@@ -172,7 +172,7 @@ NANO = ATokenConfig(
     encoder=_encoder(256, 2, 8, 640),
     decoder=_decoder(256, 3, 8, 704),
     skip=SkipConfig(still_codes=12, clip_codes=4, linked=True),
-    refiner=RefinerConfig(width=48, depth=3),
+    refiner=RefinerConfig(width=64, depth=3),
 )
 
 CONFIGS: dict[str, ATokenConfig] = {

@@ -155,12 +155,15 @@ def segment_extent(positions: Tensor, segment: Tensor, count: int) -> Tensor:
     return largest[segment] + 1
 
 
-def host_rows(mask: Tensor) -> Tensor | None:
+def host_rows(mask: Tensor, *, wait: bool = False) -> Tensor | None:
     """Rows where bool [N] is true, on a CPU, where each sort of row is worth computing alone.
 
     None where finding them would make the host wait for a device, or a compiler stop.
+
+    Args:
+        wait: let the host wait, once: a training step does so anyway.
     """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if (mask.device.type != "cpu" and not wait) or torch.compiler.is_compiling():
         return None
     return mask.nonzero()[:, 0]
 

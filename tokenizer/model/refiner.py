@@ -65,13 +65,14 @@ class Refiner(nn.Module):
         shown = _shown(seen, None if still is None else plan.gather(still), frames).flatten()
         neighbours = _neighbours_of_frames(plan.table("neighbours", lambda: neighbours_of(plan)), frames)
         pixels = plan.gather(patches).reshape(-1, height, width, 3)
-        rows = host_rows(shown)
+        # Stills are a quarter of the work then; without gradients nobody waits for anything.
+        rows = host_rows(shown, wait=patches.requires_grad)
         if rows is not None and not len(rows):
             return patches
         # A frame that is not shown is nobody's neighbour, so that a still next to a clip sees none of its later frames.
         number = torch.where(shown, torch.arange(len(shown), device=shown.device), len(shown))
         if rows is not None:
-            number = torch.full_like(number, len(rows)).scatter_(0, rows, torch.arange(len(rows)))
+            number = torch.full_like(number, len(rows)).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
             neighbours = neighbours[rows]
         count = len(shown) if rows is None else len(rows)
         number = torch.cat([number, number.new_full((1,), count)])

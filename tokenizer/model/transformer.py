@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.model.attention import attend
 from tokenizer.model.config import TransformerConfig
+from tokenizer.model.fused import linear_gelu
 from tokenizer.model.plan import Plan
 from tokenizer.model.positions import PositionTable
 from tokenizer.model.precision import at_least_float32, full_precision
@@ -112,7 +113,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        output: Tensor = self.down(linear_gelu(self.up, x))
         return output
 
 

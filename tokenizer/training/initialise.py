@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.digits import LEVEL_VALUES, MIDDLE
-from tokenizer.model.piecewise import BASE, LinearCodes
+from tokenizer.model.piecewise import BASE, LinearCodes, PiecewiseLinearCode
 from tokenizer.training.linear_codes import FittedCodes, fit_codes, principal_components
 
 INITIAL_LOGVAR = -8.0
@@ -44,11 +44,7 @@ def start_from_linear_codes(
     skip, decoder = network.skip, network.decoder
     if skip is None or decoder is None:
         raise InputError(f"{network.config.name} has no linear codes to start from; set skip in its configuration")
-    figures = {}
-    for name, codes, patches in (("stills", skip.stills, stills), ("clips", skip.clips, clips)):
-        fitted = fit_codes(patches, len(codes.mean), codes.encoder.shape[1], iterations, generator)
-        set_codes(codes, fitted)
-        figures[name] = 10 * math.log10(4 / fitted.error)
+    figures = fit_skip(skip, stills, clips, iterations, generator)
     skip.logvar.fill_(INITIAL_LOGVAR)
 
     # A still is a clip whose later frames are zero: components of both, for tokens of both.
@@ -68,6 +64,25 @@ def start_from_linear_codes(
         link_codes(network)
     if network.quantizer is not None:
         write_in_digits(network)
+    return figures
+
+
+@torch.no_grad()
+def fit_skip(
+    skip: PiecewiseLinearCode, stills: Tensor, clips: Tensor, iterations: int, generator: torch.Generator
+) -> dict[str, float]:
+    """Fit the codes of stills and those of clips, one of which is common to all clips, and set them.
+
+    Returns:
+        PSNR in dB of each sort on these patches.
+    """
+    figures = {}
+    for name, codes, patches in (("stills", skip.stills, stills), ("clips", skip.clips, clips)):
+        count, channels = codes.encoder.shape[:2]
+        common = name == "clips" and count > 1
+        fitted = fit_codes(patches, count, channels, iterations, generator, common=common)
+        set_codes(codes, fitted)
+        figures[name] = 10 * math.log10(4 / fitted.error)
     return figures
 
 

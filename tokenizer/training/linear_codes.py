@@ -18,7 +18,9 @@ class FittedCodes:
     error: float
 
 
-def fit_codes(patches: Tensor, codes: int, channels: int, iterations: int, generator: torch.Generator) -> FittedCodes:
+def fit_codes(
+    patches: Tensor, codes: int, channels: int, iterations: int, generator: torch.Generator, *, common: bool = False
+) -> FittedCodes:
     """Alternate between assigning patches to subspaces and one step of subspace iteration for each.
 
     PSNR is a relative measure, so each place counts by the inverse of the error that a single linear code makes there:
@@ -29,6 +31,8 @@ def fit_codes(patches: Tensor, codes: int, channels: int, iterations: int, gener
         codes, channels: K and c.
         iterations: rounds; the error falls with each and settles after about a dozen.
         generator: decides the random start.
+        common: the last code is fitted to all patches, whichever code they belong to, each as much as any other: for
+            what is rare and unlike the rest, as a cut is in a film.
     """
     weights = _relative_weights(patches, channels, generator)
     patches = patches.flatten(0, 1)
@@ -42,12 +46,14 @@ def fit_codes(patches: Tensor, codes: int, channels: int, iterations: int, gener
     means, bases = [start_mean] * codes, [start] * codes
     for round_number in range(iterations):
         for k in range(codes):
-            mine = everything[label == k]
-            if len(mine) < 3 * channels:  # a starved code starts again from random patches
+            mine, weight = everything[label == k], weights
+            if common and k == codes - 1:
+                mine, weight = everything, torch.ones_like(weights)
+            elif len(mine) < 3 * channels:  # a starved code starts again from random patches
                 mine = torch.randint(count, (20 * channels,), generator=generator)
-            means[k] = _mean(patches[mine], weights[mine])
+            means[k] = _mean(patches[mine], weight[mine])
             for _ in range(3 if round_number == 0 else 1):
-                bases[k] = _refine(patches[mine] - means[k], weights[mine], bases[k])
+                bases[k] = _refine(patches[mine] - means[k], weight[mine], bases[k])
         errors = torch.stack([_error(patches - mean, basis) for mean, basis in zip(means, bases, strict=True)], dim=1)
         label = errors.argmin(dim=1)
     spreads = []

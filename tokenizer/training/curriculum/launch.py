@@ -37,6 +37,10 @@ from tokenizer.training.feeding import StepBatch, StepSource, find_held_out, fin
 
 _PIXELS = (IMAGE_RECONSTRUCTION, VIDEO_RECONSTRUCTION)
 
+HOST_THREADS = 2
+"""Threads of the host beside a GPU, where nothing else is said. What it computes there is small; a thread for each core
+would mostly wait for the others, and take cores from the data's workers."""
+
 QUARANTINE = "quarantine.jsonl"
 """File of a run that names broken samples."""
 
@@ -56,6 +60,8 @@ def launch(path: Path, overrides: Sequence[str] = (), device: str = "auto") -> i
     with one_voice() as meeting:
         config = load_config(RunConfig, path, overrides)
         chosen = choose_device(device)
+        if chosen.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(HOST_THREADS)
         with process_group(meeting, chosen):
             return train(config, chosen)
 

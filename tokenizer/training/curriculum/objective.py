@@ -216,10 +216,7 @@ class Objective:
 
 def first_items(tokens: SparseTokens, count: int) -> SparseTokens:
     """The first items of a batch; the batch itself where these are all."""
-    if count >= tokens.batch_size:
-        return tokens
-    rows = int(tokens.lengths[:count].sum())
-    return SparseTokens(tokens.features[:rows], tokens.positions[:rows], tokens.lengths[:count])
+    return tokens if count >= tokens.batch_size else tokens[:count]
 
 
 def make_objective(config: RunConfig, device: torch.device) -> Objective:

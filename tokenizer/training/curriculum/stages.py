@@ -14,8 +14,7 @@ from tokenizer.errors import InputError
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import ATokenConfig, FSQConfig
 from tokenizer.model.piecewise import PiecewiseLinearCode
-from tokenizer.training.initialise import link_codes, set_codes, write_in_digits
-from tokenizer.training.linear_codes import fit_codes
+from tokenizer.training.initialise import fit_skip, link_codes, write_in_digits
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def refit_codes(
     Args:
         network: changed in place; continuous, with codes that are linked.
         stills: [places, n, P / Pt] first frames, clips: [places, n, P] patches, values in [-1, 1].
-        iterations: of fitting, see `fit_codes`.
+        iterations: of fitting, see `tokenizer.training.linear_codes.fit_codes`.
 
     Raises:
         InputError: codes that are not linked, or none.
@@ -87,8 +86,7 @@ def refit_codes(
     skip = network.skip
     if skip is None or skip.links is None:
         raise InputError(f"{network.config.name} has no linked codes to fit anew; leave start.refit out")
-    for codes, patches in ((skip.stills, stills), (skip.clips, clips)):
-        set_codes(codes, fit_codes(patches, len(codes.mean), codes.encoder.shape[1], iterations, generator))
+    fit_skip(skip, stills, clips, iterations, generator)
     network.encoder.to_posterior.weight[: network.config.latent_channels] = 0
     link_codes(network)
 
