@@ -87,3 +87,15 @@ def test_released_weights_share_the_space_of_siglip_and_others_do_not(tmp_path: 
     alignment, reason = find_alignment(model(32), "other", tmp_path)
     assert alignment is None
     assert reason == "other has vectors of 32 numbers, the text tower 24: they cannot be compared"
+
+
+def test_a_tower_that_is_not_installed_is_said_and_one_that_is_named_must_be_there(tmp_path: Path) -> None:
+    def tower(folder: Path | None = None) -> None:
+        raise InputError(f"no weights in {folder or 'the package minilm'}")
+
+    stand_in: Any = SimpleNamespace(text_alignment=SimpleNamespace(tower=tower))
+    alignment, reason = find_alignment(cast(AToken, stand_in), "nano", None)
+    assert alignment is None
+    assert reason == "nano: no zero-shot accuracy and no retrieval: no weights in the package minilm"
+    with pytest.raises(InputError, match=f"no weights in {tmp_path}"):
+        find_alignment(cast(AToken, stand_in), "nano", tmp_path)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenizer.api import AToken
+from tokenizer.errors import InputError
 from tokenizer.evaluation.bootstrap import bootstrap_mean
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.samples import Sample
@@ -80,7 +81,13 @@ def find_alignment(model: AToken, name: str, text: Path | None) -> tuple[TextAli
         InputError: `text` cannot be read.
     """
     if model.text_alignment is not None:
-        return OwnSpace(model.text_alignment, text), None
+        try:
+            return OwnSpace(model.text_alignment, text), None
+        except InputError as error:
+            if text is not None:
+                raise
+            # Bundled models have one, and all else can be measured without its tower.
+            return None, f"{name}: no zero-shot accuracy and no retrieval: {error}"
     width = model.config.encoder.width
     if text is None:
         return None, f"{name} has no text alignment: no zero-shot accuracy and no retrieval (--text names a text tower)"
