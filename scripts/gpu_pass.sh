@@ -3,7 +3,7 @@
 # time. Run from the repository root on a CUDA machine, inside the environment that has torch and this project:
 #   scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]
 # RESULTS is the folder for logs and figures; SETS the training sets (scripts/build_nano_data.sh makes datasets/sets),
-# STEPS how long stage 2 trains (0.15 s each on an H100), the other stages in proportion; ASSETS a store of rendered assets
+# STEPS how long stage 2 trains, the other stages in proportion; ASSETS a store of rendered assets
 # (python -m data.sources.furniture), for the Gaussian decoder that stage 3 starts from.
 set -uo pipefail
 cd "$(dirname "$0")/.."

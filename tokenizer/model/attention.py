@@ -58,7 +58,7 @@ def varlen_attention(
     backend: str, query: Tensor, key: Tensor, value: Tensor, segments: Segments, **options: Any
 ) -> Tensor:
     """All segments in one call of the kernel that `attention_backend` chose; `options` as the kernel knows them."""
-    # Kernels take rows that lie apart, as those of a joint projection do: copying values cost a twelfth of an encode.
+    # Kernels take rows that lie apart, as those of a joint projection do.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     kernel = _KERNELS[backend]
     assert kernel is not None
