@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from data.decode import temporal
+from data.decode import temporal, variation
 from data.decode.assets import decode_views, decode_voxels
 from data.decode.images import read_picture
 from data.decode.temporal import Range
@@ -69,6 +69,8 @@ class DecodeSettings:
         that has seen one number alone has seen no asset as it is.
     turned: in training, see an asset that is understood mirrored and turned by quarters about its vertical axis, one
         of the eight ways an epoch. Its voxels change places; what each shows stays as it is.
+    stretched: in training, see it in other proportions: each axis by a factor of up to 1 + `stretched`, or down to the
+        reciprocal of that. recoloured: in which share of the epochs it is seen in other colours.
     views: of an asset that is reconstructed, how many a loss compares with; all where it has fewer.
     label_share: in training, in which share of the epochs a sample's label is its caption; classes are then texts that
         a model has been compared with, as in data sets that have labels alone.
@@ -92,6 +94,8 @@ class DecodeSettings:
     max_voxels: int | None = None
     min_voxels: int | None = None
     turned: bool = False
+    stretched: float = 0.0
+    recoloured: float = 0.0
     views: int = 4
     label_share: float = 0.0
     require_caption: bool | None = None
@@ -117,6 +121,8 @@ class DecodeSettings:
             )
         if not 0 <= self.label_share <= 1:
             raise InputError(f"label_share must lie in 0..1, got {self.label_share}")
+        if wrong := variation.check(self.stretched, self.recoloured):
+            raise InputError(wrong)
         _sampler(self, "whole" if self.rule == "auto" else self.rule)  # which checks sides, rule and patch size
 
 
@@ -239,8 +245,7 @@ class Decoder:
             )
         features, coordinates = stored.features, stored.coordinates
         if self._understanding:
-            kept = self._kept_voxels(len(features), epoch, raw.id)
-            features, coordinates = features[kept], self._turned(coordinates[kept], epoch, raw.id)
+            features, coordinates = self._varied(features, coordinates, epoch, raw.id)
         views: Seen | None = None
         if not self._understanding and self.settings.views:
             views = decode_views(raw.files, stored, self._chosen_views(stored.seen.tolist(), epoch, raw.id), raw.id)
@@ -262,14 +267,21 @@ class Decoder:
         generator = torch.Generator().manual_seed(int(u * 2**53))
         return torch.randperm(count, generator=generator)[: round(least * (limit / least) ** v)].sort().values
 
-    def _turned(self, coordinates: torch.Tensor, epoch: int, name: str) -> torch.Tensor:
-        """Coordinates [N, 3] of an asset whose vertical axis is the last, in one of eight ways inside its own box."""
-        if not (self.settings.training and self.settings.turned):
-            return coordinates
-        x, y, z = coordinates.unbind(1)
-        ways = [int(2 * u) for u in draws("turn", self.seed, epoch, name, 3)]
-        x, y = (x.min() + x.max() - x if ways[0] else x), (y.min() + y.max() - y if ways[1] else y)
-        return torch.stack([y, x, z] if ways[2] else [x, y, z], dim=1)
+    def _varied(
+        self, features: torch.Tensor, coordinates: torch.Tensor, epoch: int, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left of an asset that is understood, as it is seen in this epoch."""
+        settings, drawn_by = self.settings, (self.seed, epoch, name)
+        if settings.training and settings.stretched:
+            rows, coordinates = variation.stretch(coordinates, settings.stretched, *drawn_by)
+            features = features[rows]
+        kept = self._kept_voxels(len(features), epoch, name)
+        features, coordinates = features[kept], coordinates[kept]
+        if settings.training and settings.turned:
+            coordinates = variation.turn(coordinates, *drawn_by)
+        if settings.training and settings.recoloured:
+            features = variation.recolour(features, settings.recoloured, *drawn_by)
+        return features, coordinates
 
     def _chosen_views(self, seen: Sequence[bool], epoch: int, name: str) -> list[int]:
         """Different views, seen or not: by lot in training, else the unseen ones first."""

@@ -22,6 +22,7 @@ from data.sources.camera_set import SET as CAMERA
 from data.sources.clips import SET as CLIPS
 from data.sources.emoji import SET as EMOJI
 from data.sources.fashion import SET as FASHION
+from data.sources.furniture_set import INTERIORS
 from data.sources.furniture_set import SET as FURNITURE
 from data.sources.games import SET as GAMES
 from data.sources.packages import install_hint
@@ -32,7 +33,7 @@ from tokenizer.errors import InputError
 from tokenizer.voxels import MAX_RESOLUTION
 
 SETS: dict[str, OpenSet] = {
-    one.name: one for one in (EMOJI, FURNITURE, GAMES, PHOTOGRAPHS, CLIPS, CAMERA, FASHION, STAMPS)
+    one.name: one for one in (EMOJI, FURNITURE, INTERIORS, GAMES, PHOTOGRAPHS, CLIPS, CAMERA, FASHION, STAMPS)
 }
 
 

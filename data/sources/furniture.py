@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data.sources.packages import FURNITURE, install_hint
+from data.sources.packages import FURNITURE, PROGRAM, install_hint
 from tokenizer.assets.load import load_mesh_from
 from tokenizer.assets.mesh import Mesh
 from tokenizer.assets.raycast import render_views
@@ -32,6 +32,9 @@ from tokenizer.cameras import Cameras, sphere_cameras
 from tokenizer.errors import InputError
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
+PROGRAM_CATALOGUE = "com/eteks/sweethome3d/io/DefaultFurnitureCatalog.properties"
+"""Of the program itself, in its archive."""
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -48,7 +51,7 @@ class Model:
     """One entry of a catalogue.
 
     number: in its catalogue, from 1. name, category: captions. licence: as the catalogue states it. creator: whom to
-    name, where the catalogue knows.
+    name, where the catalogue knows. held_out: whether every tenth model of the catalogue is for evaluation.
     """
 
     archive: str
@@ -58,10 +61,11 @@ class Model:
     category: str
     licence: str
     creator: str = ""
+    held_out: bool = True
 
     @property
     def split(self) -> str:
-        return "evaluation" if self.number % 10 == 0 else "train"
+        return "evaluation" if self.held_out and self.number % 10 == 0 else "train"
 
     @property
     def file(self) -> str:
@@ -81,9 +85,27 @@ def catalogue() -> list[Model]:
     return [model for archive in archives for model in _read_catalogue(archive)]
 
 
-def _read_catalogue(archive: Path) -> Iterator[Model]:
+def program_catalogue(archive: Path) -> list[Model]:
+    """The models that Sweet Home 3D itself brings, all of them for training; each once, whatever colours it comes in.
+
+    Args:
+        archive: `sweethome3d.jar`.
+
+    Raises:
+        InputError: not such an archive.
+    """
+    try:
+        models = list(_read_catalogue(archive, PROGRAM_CATALOGUE))
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{archive}: no archive of Sweet Home 3D with a catalogue ({error})") from None
+    first = {model.path: model for model in reversed(models)}
+    licence = PROGRAM.licence
+    return [replace(model, held_out=False, licence=licence) for model in models if first[model.path] is model]
+
+
+def _read_catalogue(archive: Path, entry: str = CATALOGUE) -> Iterator[Model]:
     with zipfile.ZipFile(archive) as contents:
-        lines = contents.read(CATALOGUE).decode("latin-1").splitlines()
+        lines = contents.read(entry).decode("latin-1").splitlines()
     values = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
     numbers = sorted(int(key.split("#")[1]) for key in values if key.startswith("model#"))
     for number in numbers:

@@ -3,6 +3,9 @@
 The voxels are packed from the seen views by the rule "surface"; seen and unseen views are kept for losses and measures.
 Views come from a store that `python -m data.sources.furniture` made, where one is given, and are rendered otherwise;
 the same renderer gives the same bytes both ways.
+
+A second set, `interiors`, holds the models that the program itself brings: few and plain, with the same categories, so
+that a model that is to know them has seen what is most typical of each.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from pathlib import Path
 from data.decode.assets import encode_asset_files
 from data.shards.manifest import Skipped
 from data.shards.writer import Record
-from data.sources.furniture import Model, catalogue, read_views, render, stored_models
-from data.sources.packages import FURNITURE
+from data.sources.furniture import Model, catalogue, program_catalogue, read_views, render, stored_models
+from data.sources.packages import FURNITURE, PROGRAM
 from data.sources.sets import OpenSet, Options, Plan, Split, mixed, record, slug
 from tokenizer.assets.packing import pack
 from tokenizer.assets.rules import PackingRule
@@ -28,12 +31,14 @@ PER_SHARD = 48
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One model; number: among all, which turns the unseen cameras where it is rendered; file: in a store."""
+    """One model; number: among all, which turns the unseen cameras where it is rendered; file: in a store; source: the
+    package that it is of."""
 
     model: Model
     number: int
     file: Path | None
     resolution: int
+    source: str = FURNITURE.name
 
 
 def _make(job: _Job) -> Iterator[Record | Skipped]:
@@ -51,7 +56,7 @@ def _make(job: _Job) -> Iterator[Record | Skipped]:
     caption = ", ".join(filter(None, [model.name.lower(), model.category.lower()]))
     told = {"label": model.category.lower(), "name": model.name, "licence": model.licence, "creator": model.creator}
     key = slug(Path(model.file).stem)
-    yield record(key, files, caption, **facts, **told, source=FURNITURE.name, catalogue=Path(model.archive).name)
+    yield record(key, files, caption, **facts, **told, source=job.source, catalogue=Path(model.archive).name)
 
 
 def _plan(options: Options) -> Plan:
@@ -81,4 +86,31 @@ SET = OpenSet(
     split="models whose number in their catalogue is divisible by 10 are for evaluation",
     plan=_plan,
     takes_source="a store of python -m data.sources.furniture",
+)
+
+
+def _plan_interiors(options: Options) -> Plan:
+    if options.source is None:
+        INTERIORS.require()
+    archives = [options.source] if options.source else [f for f in PROGRAM.files() or [] if f.name == "sweethome3d.jar"]
+    if not archives:
+        raise InputError(f"the package {PROGRAM.name} is installed without sweethome3d.jar; install it again")
+    models = program_catalogue(archives[0])
+    jobs = [_Job(model, number, None, options.resolution, PROGRAM.name) for number, model in enumerate(models)]
+    labels = sorted({model.category.lower() for model in models} - {""})
+    facts = {"rule": RULE, "resolution": options.resolution}
+    return Plan({"train": mixed(jobs, options)}, _make, PER_SHARD, labels, facts)
+
+
+INTERIORS = OpenSet(
+    name="interiors",
+    kind="assets",
+    size="87 models with 24 views each, 0.1 GB",
+    licence="GPL-2+; train on it, redistribute none of it",
+    citation="models of Sweet Home 3D by eTeks and others",
+    packages=(PROGRAM,),
+    captions="captions: name and category; labels: categories, those of the set 'furniture'",
+    split="all for training",
+    plan=_plan_interiors,
+    takes_source="sweethome3d.jar",
 )

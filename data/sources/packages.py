@@ -91,6 +91,7 @@ LOMIRI_NEW = Package("lomiri-wallpapers-20.04", "apt-get install lomiri-wallpape
 STAMPS = Package("tuxpaint-stamps-default", "apt-get install tuxpaint-stamps-default", "GPL-2")
 FASHION = Package("dataset-fashion-mnist", "apt-get install dataset-fashion-mnist", "MIT")
 FURNITURE = Package("sweethome3d-furniture", "apt-get install sweethome3d-furniture", "CC0 and CC-BY 3.0, see manifest")
+PROGRAM = Package("sweethome3d", "apt-get install sweethome3d", "GPL-2+")
 SKIMAGE = Package(
     "scikit-image", "pip install scikit-image", "CC0, public domain or BSD-3-Clause (per file)", "skimage", "data"
 )

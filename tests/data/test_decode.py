@@ -25,6 +25,7 @@ from data.decode import videos
 from data.decode.assets import MAX_SIDE, decode_views, decode_voxels, encode_asset_files
 from data.decode.decoder import KINDS, Decoder, DecodeSettings
 from data.decode.images import read_picture
+from data.decode.variation import recolour
 from data.mixture import Task
 from data.resolution import Size, View
 from data.samples import Item, Kind, Raw, SampleError
@@ -325,6 +326,53 @@ class TestAssets:
             unturned = decoder(task, others)(raw_asset(), 3).coordinates
             assert unturned is not None
             assert torch.equal(unturned.to(coordinates.dtype), coordinates)
+
+    def test_assets_are_stretched_and_recoloured(self) -> None:
+        features, coordinates, _, _ = asset_parts()
+        plain = {tuple(place): row for place, row in zip(coordinates.tolist(), features, strict=True)}
+        extent = int((coordinates.amax(0) - coordinates.amin(0)).max())
+        settings = replace(SMALL, stretched=0.5, recoloured=0.5, require_caption=False)
+        made = decoder(Task.ASSET_UNDERSTANDING, settings)
+        proportions, changed = set(), 0
+        for epoch in range(60):
+            item, again = made(raw_asset(), epoch), made(raw_asset(), epoch)
+            assert item.coordinates is not None
+            assert item.features is not None
+            assert again.coordinates is not None
+            assert again.features is not None
+            assert torch.equal(item.coordinates, again.coordinates)
+            assert torch.equal(item.features, again.features)
+            sides = item.coordinates.amax(0) - item.coordinates.amin(0)
+            assert abs(int(sides.max()) - extent) <= 1
+            assert int(item.coordinates.min()) >= 0
+            assert int(item.coordinates.max()) <= int(coordinates.max())
+            assert len(item.coordinates.unique(dim=0)) == item.tokens == len(item.features)
+            proportions.add(tuple(sides.tolist()))
+            rows = torch.stack(list(plain.values()))
+            known = (torch.cdist(item.features.double() / 255, rows.double()).amin(1) < 1e-3).all()
+            changed += not bool(known)
+        assert len(proportions) > 5
+        assert 15 < changed < 45  # 30 and four deviations of 3.9
+        for task, others in (
+            (Task.ASSET_UNDERSTANDING, replace(settings, training=False)),
+            (Task.ASSET_RECONSTRUCTION, settings),
+        ):
+            found = decoder(task, others)(raw_asset(), 3)
+            assert found.coordinates is not None
+            assert found.features is not None
+            assert torch.equal(found.coordinates.to(coordinates.dtype), coordinates)
+            assert torch.equal(found.features.float() / 255, features)
+        for wrong in ({"stretched": -0.1}, {"stretched": float("nan")}, {"recoloured": 1.5}):
+            with pytest.raises(InputError, match=r"must lie in 0\.\.1"):
+                replace(settings, **wrong)
+
+    def test_black_stays_black_in_other_colours(self) -> None:
+        features = torch.randint(1, 256, (5, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        features[2] = 0
+        found = [recolour(features, 1.0, 0, epoch, "x") for epoch in range(8)]
+        assert all(bool((one[2] == 0).all()) for one in found)
+        assert len({tuple(one.flatten().tolist()) for one in found}) == 8
+        assert recolour(features, 0.0, 0, 0, "x") is features
 
     @pytest.mark.parametrize("extension", ["voxels.safetensors", "views.webp", "json"])
     @given(place=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=6))

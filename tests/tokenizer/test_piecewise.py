@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.tokenizer.networks import small_config, visuals
+from tokenizer.model import piecewise
 from tokenizer.model.atoken import ATokenNetwork
-from tokenizer.model.config import FSQConfig, SkipConfig
+from tokenizer.model.config import FSQConfig, RefinerConfig, SkipConfig
 from tokenizer.model.digits import LEVEL_VALUES, MIDDLE, code_in_digits
 from tokenizer.model.piecewise import LEVELS, LinearCodes, PiecewiseLinearCode
 from tokenizer.quantizers import make_quantizer
@@ -34,8 +35,10 @@ def random_codes(codes: LinearCodes, generator: torch.Generator, *, linked: bool
         codes.mean.copy_(0.2 * torch.randn(codes.mean.shape, generator=generator))
 
 
-def random_skip(*, in_digits: bool = False, linked: bool = True, seed: int = 0) -> PiecewiseLinearCode:
-    skip = PiecewiseLinearCode(FRAME, PATCH, CHANNELS, STILLS, CLIPS, in_digits=in_digits)
+def random_skip(
+    *, in_digits: bool = False, linked: bool = True, consistent: bool = False, seed: int = 0
+) -> PiecewiseLinearCode:
+    skip = PiecewiseLinearCode(FRAME, PATCH, CHANNELS, STILLS, CLIPS, in_digits=in_digits, consistent=consistent)
     generator = torch.Generator().manual_seed(seed)
     for codes in (skip.stills, skip.clips):
         random_codes(codes, generator, linked=linked)
@@ -162,6 +165,38 @@ def test_digits_approximate_successively() -> None:
     assert float((found - x)[:, 1].abs().max()) <= 0.25 * 0.25 + 1e-12
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_consistent_patches_have_the_coefficients_of_their_latents(
+    apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip, x = random_skip(consistent=True), patches()
+    if not apart:  # as on a device, where rows are not counted
+        monkeypatch.setattr(piecewise, "_apart", lambda _: None)
+    latents = encode(skip, x)  # codes are orthonormal in single precision
+    added = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    before = skip.decode(latents) + added
+    after = skip.made_consistent(before, latents)
+    numbers = skip._numbers(latents)
+    for row, number in enumerate(numbers.tolist()):
+        codes, k = (skip.stills, number) if number < STILLS else (skip.clips, number - STILLS)
+        frame = codes.mean.shape[1]
+        found = codes.encoder[k] @ (after[row, :frame] - codes.mean[k])
+        torch.testing.assert_close(found, latents[row, DIGITS:], rtol=0, atol=1e-4)
+        # What the code says nothing about is as it was added, and so are a still's later frames.
+        basis = codes.decoder[k] / codes.decoder[k].norm(dim=1, keepdim=True)
+        change = (after - before)[row, :frame]
+        torch.testing.assert_close(change, basis.T @ (basis @ change), rtol=0, atol=1e-4)
+        assert torch.equal(after[row, frame:], before[row, frame:])
+    assert bool(((after - x).square().sum(dim=1) < (before - x).square().sum(dim=1)).all())
+    torch.testing.assert_close(skip.made_consistent(after, latents), after, rtol=0, atol=1e-4)
+
+
+def test_what_is_not_consistent_stays_as_it_is() -> None:
+    x = patches(8)
+    for skip in (random_skip(), random_skip(in_digits=True, consistent=True)):
+        assert skip.made_consistent(x, encode(skip, x)) is x
+
+
 @pytest.mark.parametrize("in_digits", [False, True])
 def test_the_encoder_never_touches_the_digits(in_digits: bool) -> None:
     skip, x = random_skip(in_digits=in_digits), patches()
@@ -174,7 +209,7 @@ def test_the_encoder_never_touches_the_digits(in_digits: bool) -> None:
 
 
 def piecewise_network(**changes: Any) -> ATokenNetwork:
-    network = ATokenNetwork(replace(small_config(), skip=SkipConfig(still_codes=12, clip_codes=5), **changes))
+    network = ATokenNetwork(replace(small_config(), **{"skip": SkipConfig(still_codes=12, clip_codes=5), **changes}))
     generator = torch.Generator().manual_seed(6)
     network.reset_parameters(generator)
     assert network.skip is not None
@@ -213,3 +248,26 @@ def test_a_network_adds_its_code_to_what_its_transformers_say() -> None:
     torch.testing.assert_close(
         encoding.posterior.parameters.features, skip.add_to_parameters(plain, tokens.features), rtol=0, atol=0
     )
+
+
+def test_a_consistent_network_says_what_its_latents_say() -> None:
+    """Whatever the transformer and the refiner add, coding what was decoded gives the latents again."""
+    sizes = SkipConfig(still_codes=12, clip_codes=5, consistent=True)
+    network = piecewise_network(skip=sizes, refiner=RefinerConfig(width=6, depth=1))
+    assert network.refiner is not None
+    torch.nn.init.normal_(network.refiner.write.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    tokens = visuals((8, 12), (9, 8, 8))
+    assert network.skip is not None
+    latents = network.encode(tokens).latents
+    decoded = network.decode(latents).features
+    assert float((decoded - network.skip.decode(latents.features)).detach().abs().mean()) > 0.01  # something was added
+    numbers = network.skip._numbers(latents.features)
+    for row, number in enumerate(numbers.tolist()):
+        codes, k = (network.skip.stills, number) if number < 12 else (network.skip.clips, number - 12)
+        frame = codes.mean.shape[1]
+        found = codes.encoder[k] @ (decoded[row, :frame] - codes.mean[k])
+        torch.testing.assert_close(found, latents.features[row, network.skip.digits :], rtol=0, atol=1e-4)
+    decoded.square().mean().backward()
+    for name, parameter in network.transformers()[1].named_parameters():
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).any()), name

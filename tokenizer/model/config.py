@@ -66,11 +66,14 @@ class SkipConfig:
     """How many linear codes stand beside the transformers, for single frames and for clips.
 
     linked: whether the transformers read and write coefficients through vectors of each code's own.
+    consistent: whether what is decoded has the coefficients that its latents state, whatever transformer and refiner
+        add (`PiecewiseLinearCode.made_consistent`).
     """
 
     still_codes: int
     clip_codes: int
     linked: bool = False
+    consistent: bool = False
 
     def __post_init__(self) -> None:
         if self.still_codes < 1 or self.clip_codes < 1:
@@ -171,7 +174,7 @@ NANO = ATokenConfig(
     name="atoken-nano",
     encoder=_encoder(256, 2, 8, 640),
     decoder=_decoder(256, 3, 8, 704),
-    skip=SkipConfig(still_codes=12, clip_codes=4, linked=True),
+    skip=SkipConfig(still_codes=12, clip_codes=4, linked=True, consistent=True),
     refiner=RefinerConfig(width=64, depth=3),
 )
 

@@ -169,7 +169,7 @@ def finished(
         patches = patches + skip.decode(latents)
     if refiner is not None:
         patches = refiner(patches, plan, skip.is_still(latents) if skip is not None else None)
-    return patches
+    return patches if skip is None else skip.made_consistent(patches, latents)
 
 
 def make_refiner(config: ATokenConfig) -> Refiner | None:
