@@ -28,3 +28,4 @@ else
 fi
 "$(dirname "$atoken")/python" -m data.sources.furniture --out datasets/furniture
 build furniture furniture --from datasets/furniture
+build interiors interiors --from packages/usr/share/sweethome3d/sweethome3d.jar

@@ -3,6 +3,7 @@
 #
 #   scripts/install_data.sh [PYTHON]      PYTHON: the interpreter to install into, .venv/bin/python by default
 #
+# Of Sweet Home 3D only the archive with its models is taken, into packages/, not the program and the Java that it needs.
 # What is there already is left alone, so it can be run again. Every installer takes packages from where it is
 # configured to. Without apt-get its packages are named and left out, and the exit status is 1.
 set -eu
@@ -42,6 +43,19 @@ else
     else
         fail "apt-get could not install$missing"
     fi
+fi
+
+PROGRAM=packages/usr/share/sweethome3d/sweethome3d.jar
+if [ -f "$PROGRAM" ]; then
+    say "models of sweethome3d: there"
+elif ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
+    fail "no apt-get here: left out the models of sweethome3d"
+elif mkdir -p packages && folder=$(mktemp -d) && (cd "$folder" && apt-get download -qq sweethome3d >/dev/null 2>&1) &&
+    dpkg-deb --fsys-tarfile "$folder"/sweethome3d_*.deb | tar -x -C packages "./usr/share/sweethome3d/sweethome3d.jar"; then
+    rm -r "$folder"
+    say "models of sweethome3d: done"
+else
+    fail "apt-get could not download sweethome3d"
 fi
 
 if ! command -v "$PYTHON" >/dev/null; then

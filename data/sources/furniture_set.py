@@ -105,7 +105,7 @@ def _plan_interiors(options: Options) -> Plan:
 INTERIORS = OpenSet(
     name="interiors",
     kind="assets",
-    size="87 models with 24 views each, 0.1 GB",
+    size="92 models with 24 views each, 175 MB",
     licence="GPL-2+; train on it, redistribute none of it",
     citation="models of Sweet Home 3D by eTeks and others",
     packages=(PROGRAM,),

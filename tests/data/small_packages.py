@@ -21,6 +21,7 @@ def make_packages(root: Path) -> None:
     _emoji(root / "emoji-datasource-google")
     _fashion(root / "dataset-fashion-mnist")
     _furniture(root / "sweethome3d-furniture")
+    _program(root / "sweethome3d")
     _photographs(root)
     _stamps(root / "tuxpaint-stamps-default")
     for name, frames in (("bigbuckbunny", 110), ("carphone_pristine", 50), ("bikes", 20), ("carphone_distorted", 20)):
@@ -77,6 +78,21 @@ def _furniture(root: Path) -> None:
     with zipfile.ZipFile(root / "Tiny.sh3f", "w") as archive:
         archive.writestr(furniture.CATALOGUE, f"license=CC0\n{entries}name#11=Lost\nmodel#11=/lost/lost.obj\n")
         archive.writestr("board/board.obj", "v 0 0 0\nv 2 0 0\nv 2 0 1\nv 0 0 1\nf 1 2 3 4\n")
+
+
+def _program(root: Path) -> None:
+    """As the program's archive: a number divisible by 10, a model twice in other colours, and one without faces."""
+    root.mkdir(parents=True)
+    paths = {9: "chest", 10: "chest", 20: "bed", 21: "light"}
+    entries = "".join(
+        f"name#{n}=Thing {n}\ncategory#{n}=Bedroom\nmodel#{n}=/all/{path}.obj\n" for n, path in paths.items()
+    )
+    (root / "leaflet.txt").write_text("not an archive", encoding="utf-8")
+    with zipfile.ZipFile(root / "sweethome3d.jar", "w") as archive:
+        archive.writestr(furniture.PROGRAM_CATALOGUE, entries)
+        for name in ("chest", "bed"):
+            archive.writestr(f"all/{name}.obj", "v 0 0 0\nv 2 0 0\nv 2 0 1\nv 0 0 1\nf 1 2 3 4\n")
+        archive.writestr("all/light.obj", "v 0 0 0\nv 2 0 0\nl 1 2\n")
 
 
 def _photographs(root: Path) -> None:

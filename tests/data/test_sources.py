@@ -25,8 +25,8 @@ from data.sources.sets import Options
 from tests.data.small_packages import make_packages
 from tokenizer.errors import InputError
 
-FIRST_SETS = ("emoji", "furniture", "games", "photographs", "clips", "camera", "fashion", "stamps")
-NO_EVALUATION = {"games", "stamps", "camera"}
+FIRST_SETS = ("emoji", "furniture", "interiors", "games", "photographs", "clips", "camera", "fashion", "stamps")
+NO_EVALUATION = {"interiors", "games", "stamps", "camera"}
 
 
 def _play(rom: str, seed: int, frames: int) -> NDArray[np.uint8]:
@@ -207,6 +207,21 @@ def test_furniture_from_a_store_is_the_furniture_that_is_rendered(tmp_path: Path
     assert int(decode_voxels(coarse.files, coarse.facts(), coarse.id).coordinates.max()) == 7
     with pytest.raises(InputError, match="no store of furniture"):
         _build("furniture", tmp_path / "nothing", source_path=tmp_path / "rendered")
+
+
+@pytest.mark.usefixtures("packages")
+def test_interiors_are_the_models_of_the_program_each_once(packages: Path, tmp_path: Path) -> None:
+    found = _build("interiors", tmp_path / "installed")["train"]
+    samples = _samples(found)
+    assert sorted(samples) == ["sweethome3d-009", "sweethome3d-020"]
+    assert [entry.name for entry in found.skipped] == ["sweethome3d.jar, model 21"]
+    facts = samples["sweethome3d-020"].facts()
+    assert (facts["label"], facts["licence"], facts["source"]) == ("bedroom", "GPL-2+", "sweethome3d")
+    assert samples["sweethome3d-009"].caption() == "thing 9, bedroom"
+    given = _build("interiors", tmp_path / "given", source_path=packages / "sweethome3d/sweethome3d.jar")["train"]
+    assert [one.sha256 for one in given.shards] == [one.sha256 for one in found.shards]
+    with pytest.raises(InputError, match=r"leaflet\.txt: no archive of Sweet Home 3D"):
+        _build("interiors", tmp_path / "wrong", source_path=packages / "sweethome3d/leaflet.txt")
 
 
 def test_photographs_keep_their_bytes_unless_reduced(packages: Path, tmp_path: Path) -> None:
