@@ -40,7 +40,7 @@ CONFIG = ATokenConfig(
 DISCRETE = replace(
     CONFIG,
     quantizer=FSQConfig(codebook_size=4096, codebooks=2),
-    skip=SkipConfig(still_codes=3, clip_codes=2),
+    skip=SkipConfig(still_codes=3, clip_codes=2, consistent=True),
     refiner=RefinerConfig(width=4, depth=1),
 )
 

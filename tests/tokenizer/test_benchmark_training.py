@@ -39,7 +39,7 @@ def counted(call: Any) -> int:
 def test_work_is_what_torch_counts(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Codes that are drawn at random call tokens clips that are none: here all tokens are put through all codes.
     monkeypatch.setattr(piecewise, "_apart", lambda _: None)
-    sizes = replace(small_config(), skip=SkipConfig(still_codes=3, clip_codes=2, linked=True))
+    sizes = replace(small_config(), skip=SkipConfig(still_codes=3, clip_codes=2, linked=True, consistent=True))
     model = make_model(Setting(sizes, task, 300, 1, CPU))
     tokens = make_step(task, 300, 1, sizes, CPU, resolution=32)[0].tokens
     encoder, codes = model.network.encoder, model.network.skip

@@ -154,7 +154,7 @@ def _counted_codes(network: ATokenNetwork, rows: int, clips: bool) -> int:
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         written = skip.add_to_parameters(parameters, patches, features)
         latents = written.detach()[:, : config.latent_channels].requires_grad_()
-        outputs = [written, skip.decode(latents), skip.read(latents)]
+        outputs = [written, skip.made_consistent(skip.decode(latents), latents), skip.read(latents)]
         torch.stack([output.sum() for output in outputs if output is not None]).sum().backward()
     return int(counter.get_total_flops())
 
