@@ -362,7 +362,8 @@ class TestAssets:
             assert found.features is not None
             assert torch.equal(found.coordinates.to(coordinates.dtype), coordinates)
             assert torch.equal(found.features.float() / 255, features)
-        for wrong in ({"stretched": -0.1}, {"stretched": float("nan")}, {"recoloured": 1.5}):
+        wrongs: list[dict[str, Any]] = [{"stretched": -0.1}, {"stretched": float("nan")}, {"recoloured": 1.5}]
+        for wrong in wrongs:
             with pytest.raises(InputError, match=r"must lie in 0\.\.1"):
                 replace(settings, **wrong)
 

@@ -34,14 +34,14 @@ def test_is_small_and_complete(name: str) -> None:
 
 
 def test_beats_the_best_linear_code_of_its_size() -> None:
-    """By 0.5 dB and in LPIPS, on the six photographs and the film that no training has seen."""
+    """By 1 dB and in LPIPS, on the six photographs and the film that no training has seen."""
     linear = LinearCodes.load(Path(__file__).parent.parent / "linear_code.npz")
     model = AToken.from_pretrained("atoken-nano", dtype=torch.float32)
     visuals, meter = [*nano.photographs(), nano.video()], nano.Meter("cpu")
     ours = nano.evaluate(ModelCodec(model), visuals, meter)
     theirs = nano.evaluate(linear, visuals, meter)
     for name in (nano.MEAN, "bikes"):
-        assert ours[name]["psnr"] >= theirs[name]["psnr"] + 0.5, name
+        assert ours[name]["psnr"] >= theirs[name]["psnr"] + 1.0, name
         for distance in ("lpips_vgg16", "lpips_alexnet"):
             assert ours[name][distance] < theirs[name][distance], (name, distance)
 
