@@ -19,8 +19,8 @@ from tokenizer.patches import image_to_tokens
 from tokenizer.text.alignment import AlignmentConfig, TextAlignment, load_text_alignment, save_text_alignment
 from tokenizer.training.curriculum.model import TrainedModel, save_trained
 from tokenizer.training.curriculum.siglip2 import start_from_siglip2
-from tokenizer.training.curriculum.stages import grown, quantised
-from tokenizer.training.curriculum.start import starting_model
+from tokenizer.training.curriculum.stages import grown, kept_consistent, quantised
+from tokenizer.training.curriculum.start import _adapted, starting_model
 
 STACK = TransformerConfig(width=32, depth=2, heads=2, mlp_width=48, norm="layer", bias=True, qk_norm=False)
 
@@ -72,7 +72,14 @@ def test_other_vision_towers_are_refused(tmp_path: Path) -> None:
         start_from_siglip2(large.encoder, (4, 16, 16), tmp_path / "right")
 
 
-@pytest.mark.parametrize("skip", [None, SkipConfig(still_codes=3, clip_codes=2)])
+@pytest.mark.parametrize(
+    "skip",
+    [
+        None,
+        SkipConfig(still_codes=3, clip_codes=2),
+        SkipConfig(still_codes=3, clip_codes=2, linked=True, consistent=True),
+    ],
+)
 def test_grown_latents_leave_what_old_channels_decode_to(skip: SkipConfig | None) -> None:
     network = random_network() if skip is None else _with_codes(skip)
     old = network.config.latent_channels
@@ -99,6 +106,41 @@ def _with_codes(skip: SkipConfig) -> ATokenNetwork:
         for parameter in network.parameters():
             parameter.normal_(std=0.3, generator=generator(7))
     return network.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_network_becomes_consistent_and_codes_patches_as_they_are(linked: bool) -> None:
+    network = _with_codes(SkipConfig(still_codes=3, clip_codes=2, linked=linked))
+    result, tokens = kept_consistent(network), visuals((8, 12), (8, 4, 8))
+    assert result.skip is not None
+    assert result.skip.consistent
+    mean = result.encode(tokens).posterior.mean.features
+    silent = result.skip.add_to_parameters(torch.zeros(tokens.num_tokens, 24, dtype=torch.float64), tokens.features)
+    torch.testing.assert_close(mean, silent[:, :12], rtol=0, atol=0)
+    assert bool((network.encode(tokens).posterior.mean.features != mean).any())
+    assert network.config.skip is not None
+    assert not network.config.skip.consistent  # the old one stays as it is
+    again = kept_consistent(result)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in result.state_dict().items())
+    for other in (random_network(), random_network(discrete=True)):
+        with pytest.raises(InputError, match="no linear codes with real coefficients"):
+            kept_consistent(other)
+
+
+def test_a_stage_may_begin_to_be_consistent_and_not_cease() -> None:
+    plain, kept = (SkipConfig(still_codes=3, clip_codes=2, consistent=consistent) for consistent in (False, True))
+    network = _with_codes(plain).float()
+    sizes = replace(network.config, skip=kept)
+    begun = _adapted(network, sizes, "before", generator())
+    assert begun.config == sizes
+    with pytest.raises(InputError, match="sizes are not those of this run"):
+        _adapted(begun, network.config, "before", generator())
+    # Digits are not consistent, whatever the configuration says.
+    discrete = FSQConfig(codebook_size=4096, codebooks=2)
+    for start in (network, begun, quantised(network, discrete)):
+        adapted = _adapted(start, replace(sizes, quantizer=discrete), "before", generator())
+        assert adapted.skip is not None
+        assert not adapted.skip.consistent
 
 
 def test_a_discrete_network_has_the_weights_of_the_continuous_one() -> None:

@@ -1,6 +1,7 @@
 """What changes between two stages: latents grow from 32 to 48 channels, and become discrete (PAPER 3).
 
-Both are functions of a network: a new one comes out, and the old one stays as it is.
+A third change is of small models alone: decoding keeps what linear codes say. All are functions of a network: a new one
+comes out, and the old one stays as it is.
 """
 
 from __future__ import annotations
@@ -89,6 +90,30 @@ def refit_codes(
     fit_skip(skip, stills, clips, iterations, generator)
     network.encoder.to_posterior.weight[: network.config.latent_channels] = 0
     link_codes(network)
+
+
+@torch.no_grad()
+def kept_consistent(network: ATokenNetwork) -> ATokenNetwork:
+    """The same weights, decoding to patches with the coefficients of their latents (`SkipConfig.consistent`).
+
+    What the encoder learned to change in coefficients is forgotten: part of it made up for what the decoder disturbed,
+    and decoding now takes every coefficient at its word. It can learn anew what is worth saying there.
+
+    Raises:
+        InputError: no linear codes, or a discrete network, whose digits are too coarse for it.
+    """
+    skip = network.config.skip
+    if skip is None or network.quantizer is not None:
+        raise InputError(f"{network.config.name} has no linear codes with real coefficients to be consistent with")
+    result = _like(network, replace(network.config, skip=replace(skip, consistent=True)))
+    result.load_state_dict(network.state_dict())
+    if skip.consistent:
+        return result
+    result.encoder.to_posterior.weight[: network.config.latent_channels] = 0
+    assert result.skip is not None
+    if result.skip.links is not None:
+        result.skip.links.correct.weight.zero_()
+    return result
 
 
 def _more(tensor: Tensor, count: int, dim: int) -> Tensor:

@@ -25,7 +25,7 @@ from tokenizer.training.curriculum.codes import sample_patches
 from tokenizer.training.curriculum.config import RunConfig, TextConfig, network_config
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.siglip2 import start_from_siglip2
-from tokenizer.training.curriculum.stages import grown, quantised, refit_codes
+from tokenizer.training.curriculum.stages import grown, kept_consistent, quantised, refit_codes
 from tokenizer.training.feeding import StepBatch
 from tokenizer.training.initialise import start_from_linear_codes
 
@@ -126,11 +126,11 @@ def _below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _adapted(network: ATokenNetwork, sizes: ATokenConfig, source: str, generator: torch.Generator) -> ATokenNetwork:
-    """The earlier network with the latents of this stage."""
+    """The earlier network with the latents of this stage, consistent with them where this stage is."""
+    if sizes.skip is not None and sizes.skip.consistent and _can_be_consistent(network.config):
+        network = kept_consistent(network)
     theirs = network.config
-    # FSQ and linear codes together have limits of their own, so latents are compared apart.
-    plain = {"name": "", "latent_channels": 1, "quantizer": None}
-    if replace(theirs, **plain) != replace(sizes, **plain):  # type: ignore[arg-type]
+    if _apart_from_latents(theirs, theirs) != _apart_from_latents(sizes, theirs):
         raise InputError(f"{source}: holds {theirs.name}, whose sizes are not those of this run; set model to them")
     if sizes.latent_channels != theirs.latent_channels:
         network = grown(network, sizes.latent_channels, generator)
@@ -141,6 +141,18 @@ def _adapted(network: ATokenNetwork, sizes: ATokenConfig, source: str, generator
     result = ATokenNetwork(sizes)
     result.load_state_dict(network.state_dict())
     return result
+
+
+def _apart_from_latents(config: ATokenConfig, network: ATokenConfig) -> ATokenConfig:
+    """Sizes without what latents are: FSQ and linear codes together have limits of their own."""
+    skip = config.skip
+    if skip is not None and network.quantizer is not None:  # of digits, which nothing is consistent with
+        skip = replace(skip, consistent=False)
+    return replace(config, name="", latent_channels=1, quantizer=None, skip=skip)
+
+
+def _can_be_consistent(config: ATokenConfig) -> bool:
+    return config.skip is not None and config.quantizer is None
 
 
 def alignment_config(text: TextConfig, tower: TextTower, width: int, scale_trained: bool) -> AlignmentConfig:
