@@ -198,6 +198,14 @@ class TestUnderstanding:
         assert row["figures"]["t2v_r1"]["value"] == 0.5
         assert row["figures"]["t2v_r1"]["n"] == row["retrieval"]["captions"] == 10
         assert results["networks"]["text of atoken-nano"]["tower"] == "words"
+        asked = options(data, tmp_path / "asked", metrics=chosen, prompts=["{}", "{} picture 3"])
+        named = evaluate(asked, lambda *_: model)
+        assert named is not None
+        assert named["kinds"]["image"]["atoken-nano"]["zero_shot"]["prompts"] == ["{}", "{} picture 3"]
+        assert "a photo of a {}" in row["zero_shot"]["prompts"]
+        with pytest.raises(InputError, match="'a picture' has no place for the name"):
+            evaluate(options(data, tmp_path / "wrong", prompts=["a picture"]), lambda *_: model)
+        assert not (tmp_path / "wrong").exists()
 
     def test_a_model_without_alignment_says_so_in_one_line(self, tmp_path: Path) -> None:
         data = picture_folder(tmp_path / "data", 2)

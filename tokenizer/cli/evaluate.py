@@ -40,6 +40,9 @@ def evaluate(
     adapter: Annotated[list[str] | None, typer.Option(help="Any tokenizer, as module:Class.")] = None,
     text: Annotated[Path | None, typer.Option(help="Folder of SigLIP 2, whose text tower names classes.")] = None,
     labels: Annotated[Path | None, typer.Option(help="JSON: class (folder of a sample) to its name.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text of a class, with {} for its name; may be repeated.")
+    ] = None,
     captions: Annotated[Path | None, typer.Option(help="JSON: name of a sample to its caption or captions.")] = None,
     fid_weights: Annotated[Path | None, typer.Option(help="Inception weights of FID; else from the cache.")] = None,
     fvd_weights: Annotated[Path | None, typer.Option(help="I3D weights of FVD; else from the cache.")] = None,
@@ -95,6 +98,7 @@ def evaluate(
         text=text,
         labels=labels,
         captions=captions,
+        prompts=prompt or [],
         fid_weights=fid_weights,
         fvd_weights=fvd_weights,
         limit=limit,

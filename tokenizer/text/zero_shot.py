@@ -64,14 +64,24 @@ def class_vectors(tower: TextTower, names: Sequence[str], prompts: Sequence[str]
     Raises:
         InputError: no name, no prompt, or a prompt without "{}".
     """
-    names, prompts = check_texts(names), check_texts(prompts)
-    for prompt in prompts:
-        if "{}" not in prompt:
-            raise InputError(f"the prompt '{prompt}' has no place for the name; write {{}} where it goes")
+    names, prompts = check_texts(names), check_prompts(prompts)
     # `replace`, not `format`: a name or prompt may hold other braces.
     texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
     vectors = tower.encode(texts).unflatten(0, (len(names), len(prompts)))
     return F.normalize(vectors.mean(dim=1), dim=1)
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """`prompts` as they are.
+
+    Raises:
+        InputError: none, or one without "{}".
+    """
+    prompts = check_texts(prompts)
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise InputError(f"the prompt '{prompt}' has no place for the name; write {{}} where it goes")
+    return prompts
 
 
 def classify(

@@ -35,6 +35,7 @@ from tokenizer.evaluation.features import FeatureNetwork, load_features
 from tokenizer.evaluation.metrics import PairMetrics
 from tokenizer.losses.lpips import BACKBONES, LPIPS
 from tokenizer.model.attention import attention_backend
+from tokenizer.text.zero_shot import check_prompts
 
 METRICS: Final = ("psnr", "ssim", "lpips", "frechet", "zero-shot", "retrieval")
 PACKAGES: Final = ("atoken", "torch", "numpy", "pillow", "av", "transformers", "diffusers")
@@ -54,6 +55,7 @@ class Options:
     metrics: of `METRICS`; None for all that the preset names and the installation has.
     baselines: of `baselines.NAMES`; None for all that can be had.
     linear: a saved linear code, or a run's configuration, to fit one to its data. text: folder of a text tower.
+    prompts: sentences around a class name, with {} in its place; by default those of the kind of sample.
     fid_weights, fvd_weights: by default looked for in the user's cache.
     command: as it was typed, for the record.
     """
@@ -72,6 +74,7 @@ class Options:
     text: Path | None = None
     labels: Path | None = None
     captions: Path | None = None
+    prompts: Sequence[str] = ()
     fid_weights: Path | None = None
     fvd_weights: Path | None = None
     limit: int | None = None
@@ -172,6 +175,8 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
         raise InputError(f"--limit must be at least 1, got {options.limit}")
     if options.metrics is not None and (unknown := options.metrics - set(METRICS)):
         raise InputError(f"--metrics {', '.join(sorted(unknown))}: unknown; choose from {', '.join(METRICS)}")
+    if options.prompts:
+        check_prompts(options.prompts)
     source, labels = open_source(options.data, read_captions(options.captions)), read_labels(options.labels)
     systems = _models(options, load_model) + _others(options)
     aligned = _alignments(options, systems, notes)
@@ -187,6 +192,7 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
         "systems": {system.name: system.facts() for system in systems},
         "networks": [one.provenance.as_dict() for kind in networks.values() for one in kind] + sorted(lpips),
         "words": {name: _checksum(path) for name, path in (("labels", options.labels), ("captions", options.captions))},
+        "prompts": list(options.prompts),
         "text": None if options.text is None else str(options.text),
         "limit": options.limit,
         "seed": options.seed,
@@ -204,6 +210,7 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
         networks=networks,
         alignments=aligned,
         labels=labels,
+        prompts=tuple(options.prompts),
         limit=options.limit,
         seed=options.seed,
         arguments=arguments,

@@ -16,7 +16,7 @@ from tokenizer.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_ratio
 from tokenizer.evaluation.command.measurement import Measurement
 from tokenizer.evaluation.command.presets import KINDS, Kind
 from tokenizer.evaluation.command.runner import Plan
-from tokenizer.evaluation.command.understanding import retrieval, zero_shot
+from tokenizer.evaluation.command.understanding import PROMPTS, retrieval, zero_shot
 from tokenizer.evaluation.metrics import SETTINGS
 
 FORMAT: Final = "atoken-evaluation"
@@ -162,7 +162,7 @@ def _understanding(plan: Plan, measurement: Measurement, kind: Kind, system: str
     found: dict[str, Any] = {}
     if "zero-shot" in tasks:
         labels = {sample: known[sample].label for sample in vectors}
-        found["zero_shot"] = zero_shot(vectors, labels, plan.labels, tower, kind, plan.seed)
+        found["zero_shot"] = zero_shot(vectors, labels, plan.labels, tower, plan.prompts or PROMPTS[kind], plan.seed)
     if "retrieval" in tasks:
         captions = {sample: known[sample].captions for sample in vectors}
         found["retrieval"] = retrieval(vectors, captions, tower, plan.seed)

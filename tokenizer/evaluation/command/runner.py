@@ -40,6 +40,7 @@ class Plan:
     networks: of Fréchet distances, by the kind of samples they measure.
     alignments: of the systems that understand, by name.
     labels: names of classes in words; None for the classes as they are called.
+    prompts: around the names of classes; empty for those of the kind of sample.
     limit: at most so many samples, from the first. seed: of bootstraps.
     arguments: what a resumed run must have in common with the first.
     """
@@ -52,6 +53,7 @@ class Plan:
     networks: Mapping[Kind, Sequence[FeatureNetwork]] = field(default_factory=dict)
     alignments: Mapping[str, TextAlignment] = field(default_factory=dict)
     labels: Mapping[str, str] | None = None
+    prompts: Sequence[str] = ()
     limit: int | None = None
     seed: int = 0
     arguments: Mapping[str, Any] = field(default_factory=dict)

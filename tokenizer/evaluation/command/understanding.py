@@ -111,7 +111,7 @@ def zero_shot(
     labels: Mapping[str, str | None],
     names: Mapping[str, str] | None,
     tower: TextTower,
-    kind: Kind,
+    prompts: Sequence[str],
     seed: int,
 ) -> dict[str, Any] | None:
     """Accuracies of naming the class of each sample; None where fewer than two classes are known.
@@ -120,6 +120,7 @@ def zero_shot(
         vectors: by sample.
         labels: class of each sample; those without one are left out.
         names: class to its name in words; by default the classes that occur, as they are called.
+        prompts: sentences around a name, with {} in its place.
         seed: of the bootstrap.
     """
     known = {sample: label for sample, label in labels.items() if label is not None and sample in vectors}
@@ -131,14 +132,14 @@ def zero_shot(
         return None
     items = torch.stack([vectors[sample] for sample in used])
     truth = torch.tensor([classes.index(known[sample]) for sample in used])
-    wanted = class_vectors(tower, list(names.values()), PROMPTS[kind]).cpu()
+    wanted = class_vectors(tower, list(names.values()), prompts).cpu()
     found = classify(items, wanted, truth, top=TOP)
     return {
         "figures": {f"top{k}": _interval(share, len(used), seed) for k, share in found.top.items()},
         "majority": found.majority,
         "classes": len(classes),
         "samples": len(used),
-        "prompts": list(PROMPTS[kind]),
+        "prompts": list(prompts),
         "tower": tower.name,
     }
 
