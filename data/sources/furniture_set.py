@@ -70,7 +70,11 @@ def _plan(options: Options) -> Plan:
         file = None if options.source is None else options.source / model.file
         split: Split = "evaluation" if model.split == "evaluation" else "train"
         jobs[split].append(_Job(model, number, file, options.resolution))
-    labels = sorted({model.category.lower() for model in models} - {""})
+    return _plan_of(jobs, options)
+
+
+def _plan_of(jobs: dict[Split, list[_Job]], options: Options) -> Plan:
+    labels = sorted({job.model.category.lower() for entries in jobs.values() for job in entries} - {""})
     chosen = {split: mixed(entries, options) for split, entries in jobs.items()}
     return Plan(chosen, _make, PER_SHARD, labels, {"rule": RULE, "resolution": options.resolution})
 
@@ -97,9 +101,7 @@ def _plan_interiors(options: Options) -> Plan:
         raise InputError(f"the package {PROGRAM.name} is installed without sweethome3d.jar; install it again")
     models = program_catalogue(archives[0])
     jobs = [_Job(model, number, None, options.resolution, PROGRAM.name) for number, model in enumerate(models)]
-    labels = sorted({model.category.lower() for model in models} - {""})
-    facts = {"rule": RULE, "resolution": options.resolution}
-    return Plan({"train": mixed(jobs, options)}, _make, PER_SHARD, labels, facts)
+    return _plan_of({"train": jobs}, options)
 
 
 INTERIORS = OpenSet(

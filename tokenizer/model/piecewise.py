@@ -10,13 +10,14 @@ A coefficient means something else in each code. With `widths` the transformers 
 each code's own (`CodeLinks`), so that a token looks alike to them whichever code it has.
 
 The coefficients are known exactly where a patch is decoded, yet a transformer that adds what they leave open disturbs
-them: a twentieth of the error of a model trained without more lay in the span of the code, where there need be none.
-With `consistent` that part of what is added is taken out again.
+them: then part of the error lies in the span of the code, where there need be none. With `consistent` that part of what
+is added is taken out again.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class LinearCodes(nn.Module):
                 best = (distance - 2 * (every * projected).sum(dim=-1) + quadratic).argmin(dim=1)
             chosen = every.gather(1, best[:, None, None].expand(-1, 1, every.shape[2]))[:, 0]
         return chosen.to(self.encoder.dtype), best
+
+
+_Part = Callable[[LinearCodes, Tensor, Tensor, Tensor | None], Tensor]
+"""Codes, which of them tokens have [N, K], coefficients in place [N, K, c], and patches [N, F] or None -> [N, F]."""
 
 
 def _project(x: Tensor, rows: Tensor, mean: Tensor) -> Tensor:
@@ -163,43 +168,28 @@ class PiecewiseLinearCode(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """The linear part of the patches, [N, C] -> [N, P]."""
-        chosen, slots = self._slots(latents)
-        stills = len(self.stills.mean)
-        if (rows := _apart(chosen[:, :stills].sum(dim=1) > 0)) is not None:
-            still, clip = rows
-            parts = [
-                self._padded(self._reconstruct(self.stills, chosen[still, :stills], slots[still, :stills])),
-                self._reconstruct(self.clips, chosen[clip, stills:], slots[clip, stills:]),
-            ]
-            return _in_order(parts, rows)
-        return self._reconstruct(self.clips, chosen[:, stills:], slots[:, stills:]) + self._padded(
-            self._reconstruct(self.stills, chosen[:, :stills], slots[:, :stills])
-        )
+        return self._of_both_sorts(latents, None, lambda codes, chosen, slots, _: _reconstruct(codes, chosen, slots))
 
     def made_consistent(self, patches: Tensor, latents: Tensor) -> Tensor:
         """Decoded patches [N, P], changed where coding them again would give other coefficients than latents [N, C].
 
         With code k and coefficients z, patch x becomes x + D_k^T (z - E_k (x - m_k)); of stills, their frame alone.
         """
-        if not self.consistent:
-            return patches
+        return patches + self._of_both_sorts(latents, patches, _missing) if self.consistent else patches
+
+    def _of_both_sorts(self, latents: Tensor, patches: Tensor | None, part: _Part) -> Tensor:
+        """`part` of the codes of stills and of clips, each for its tokens: [N, P], zero in later frames of stills."""
         chosen, slots = self._slots(latents)
-        stills, frame = len(self.stills.mean), self.frame_features
+        stills = len(self.stills.mean)
+
+        def of(codes: LinearCodes, tokens: Tensor | slice) -> Tensor:
+            mine = slice(stills) if codes is self.stills else slice(stills, None)
+            seen = None if patches is None else patches[tokens, : codes.mean.shape[1]]
+            return part(codes, chosen[tokens, mine], slots[tokens, mine], seen)
+
         if (rows := _apart(chosen[:, :stills].sum(dim=1) > 0)) is not None:
-            still, clip = rows
-            changes = [
-                self._padded(
-                    _missing(self.stills, patches[still, :frame], chosen[still, :stills], slots[still, :stills])
-                ),
-                _missing(self.clips, patches[clip], chosen[clip, stills:], slots[clip, stills:]),
-            ]
-            return patches + _in_order(changes, rows)
-        change = _missing(self.clips, patches, chosen[:, stills:], slots[:, stills:])
-        return (
-            patches
-            + change
-            + self._padded(_missing(self.stills, patches[:, :frame], chosen[:, :stills], slots[:, :stills]))
-        )
+            return _in_order([self._padded(of(self.stills, rows[0])), of(self.clips, rows[1])], rows)
+        return of(self.clips, slice(None)) + self._padded(of(self.stills, slice(None)))
 
     def read(self, latents: Tensor) -> Tensor | None:
         """What the decoder's transformer reads besides, [N, C] -> [N, D]; None for codes that are not linked."""
@@ -255,13 +245,15 @@ class PiecewiseLinearCode(nn.Module):
             digits, number = code_in_digits(*full)
         return self.write_levels.to(codes.decoder.dtype)[digits], number
 
-    @staticmethod
-    def _reconstruct(codes: LinearCodes, chosen: Tensor, slots: Tensor) -> Tensor:
-        return slots.flatten(1) @ codes.decoder.flatten(0, 1) + chosen @ codes.mean
+
+def _reconstruct(codes: LinearCodes, chosen: Tensor, slots: Tensor) -> Tensor:
+    """m_k + D_k^T z for one-hot codes [N, K] and coefficients in their code's place [N, K, c] -> [N, F]."""
+    return slots.flatten(1) @ codes.decoder.flatten(0, 1) + chosen @ codes.mean
 
 
-def _missing(codes: LinearCodes, x: Tensor, chosen: Tensor, slots: Tensor) -> Tensor:
-    """D_k^T (z - E_k (x - m_k)) for x [N, F], one-hot codes [N, K] and coefficients in place [N, K, c] -> [N, F]."""
+def _missing(codes: LinearCodes, chosen: Tensor, slots: Tensor, x: Tensor | None) -> Tensor:
+    """D_k^T (z - E_k (x - m_k)) for x [N, F] and the rest as for `_reconstruct` -> [N, F]."""
+    assert x is not None
     found = _project(x, codes.encoder, codes.mean) * chosen[:, :, None]
     change: Tensor = (slots - found).flatten(1) @ codes.decoder.flatten(0, 1)
     return change
