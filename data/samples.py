@@ -7,6 +7,8 @@ A shard is a WebDataset tar. Files that share a name up to its first dot are one
     assets      KEY.voxels.safetensors, KEY.views.webp                    KEY.txt caption       KEY.json facts
     latents     KEY.latents.safetensors                                   KEY.txt caption       KEY.json facts
 
+Any of them may have KEY.teacher.npy besides: what an image network sees in it (`data.making.teach`).
+
 Only the picture, video, voxels or latents must be there. Among the facts, "label" is a class name, "licence" and
 "source" say where a sample comes from.
 """
@@ -35,6 +37,7 @@ VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "m4v", "avi", "mpg", "mpeg", "t
 VOXELS_EXTENSION = "voxels.safetensors"
 VIEWS_EXTENSION = "views.webp"
 LATENTS_EXTENSION = "latents.safetensors"
+TEACHER_EXTENSION = "teacher.npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ class Item:
     coordinates: int16 [N, 3], x, y, z of the voxels.
     latents: of a tokenised set, whose samples are tokens already.
     views: of an asset that is reconstructed.
+    teacher: float32 [D], what an image network sees in a sample that is understood; None where nobody asked it.
     caption: cleaned; None where the sample has none.
     facts: KEY.json.
     """
@@ -139,6 +143,7 @@ class Item:
     coordinates: Tensor | None = None
     latents: LatentItem | None = None
     views: Seen | None = None
+    teacher: Tensor | None = None
     caption: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 

@@ -197,6 +197,37 @@ def list_sets(as_json: Json = False) -> None:
 
 
 @data.command()
+def teach(
+    shards: Annotated[str, typer.Argument(help="Folder of shards, tar, glob or URL.", show_default=False)],
+    out: Out,
+    siglip2: Annotated[str | None, typer.Option(help="Folder of a SigLIP 2; by default EfficientNet-Lite0.")] = None,
+    pictures: Annotated[int, typer.Option(help="Frames of a video or views of an asset to look at.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes CUDA where there is one.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; by default one for each core, on CUDA one.", min=1)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The same shards with what an image network sees in each sample, for models that learn to see it too.
+
+    Training reads it where `loss.imitation` is above 0. A run that was stopped is gone on with.
+
+    \b
+    Example:
+      atoken demo --out atoken-demo
+      atoken shard images atoken-demo --out shards
+      atoken data teach shards --out taught
+    """
+    from data.making.teach import teach as teach_set
+    from tokenizer.cli.models import choose_device
+
+    place = choose_device(device)
+    many = workers or (1 if place.type == "cuda" else _cores(None))
+    made = teach_set(shards, out, siglip2=siglip2, pictures=pictures, device=str(place), workers=many)
+    _report(made, out, as_json=as_json)
+
+
+@data.command()
 def show(
     shards: Annotated[str, typer.Argument(help="Folder of shards, tar, glob or URL.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the sheet, the plots and the figures.")] = Path("atoken-data"),

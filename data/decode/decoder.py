@@ -15,6 +15,7 @@ import torch
 from data.decode import temporal, variation
 from data.decode.assets import decode_views, decode_voxels
 from data.decode.images import read_picture
+from data.decode.teacher import read_teacher
 from data.decode.temporal import Range
 from data.decode.videos import read_clip
 from data.mixture import Task
@@ -32,6 +33,7 @@ from data.samples import (
 from data.text import clean_caption
 from tokenizer.errors import InputError, require_package
 from tokenizer.patches import PATCH_SIZE, PatchSize
+from tokenizer.text.zero_shot import ASSET_PROMPTS, IMAGE_PROMPTS, VIDEO_PROMPTS
 
 KINDS: Mapping[Task, Kind] = {
     Task.IMAGE_UNDERSTANDING: "images",
@@ -48,6 +50,8 @@ _EXTENSIONS: Mapping[Kind, Sequence[str]] = {
     "videos": VIDEO_EXTENSIONS,
     "assets": (VOXELS_EXTENSION,),
 }
+
+_PROMPTS: Mapping[Kind, Sequence[str]] = {"images": IMAGE_PROMPTS, "videos": VIDEO_PROMPTS, "assets": ASSET_PROMPTS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +77,8 @@ class DecodeSettings:
         reciprocal of that. recoloured: in which share of the epochs it is seen in other colours.
     views: of an asset that is reconstructed, how many a loss compares with; all where it has fewer.
     label_share: in training, in which share of the epochs a sample's label is its caption; classes are then texts that
-        a model has been compared with, as in data sets that have labels alone.
+        a model has been compared with, as in data sets that have labels alone. prompted: in which share of these it
+        stands in a prompt ("a photo of a {}"), one of those that zero-shot classification asks with.
     require_caption: leave out samples without one. None: for understanding.
     patch_size: frames, rows and columns of a token.
 
@@ -98,6 +103,7 @@ class DecodeSettings:
     recoloured: float = 0.0
     views: int = 4
     label_share: float = 0.0
+    prompted: float = 0.0
     require_caption: bool | None = None
     patch_size: PatchSize = PATCH_SIZE
 
@@ -119,8 +125,9 @@ class DecodeSettings:
             raise InputError(
                 f"min_voxels must lie in 1..max_voxels, got {self.min_voxels} and max_voxels {self.max_voxels}"
             )
-        if not 0 <= self.label_share <= 1:
-            raise InputError(f"label_share must lie in 0..1, got {self.label_share}")
+        for name, share in {"label_share": self.label_share, "prompted": self.prompted}.items():
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} must lie in 0..1, got {share}")
         if wrong := variation.check(self.stretched, self.recoloured):
             raise InputError(wrong)
         _sampler(self, "whole" if self.rule == "auto" else self.rule)  # which checks sides, rule and patch size
@@ -162,10 +169,11 @@ class Decoder:
 
         Raises:
             SampleError: whatever is wrong with the sample. Its cause is one of "damaged picture", "damaged video",
-                "damaged asset", "damaged facts", "damaged caption", "no caption", "too small", "no such content".
+                "damaged asset", "damaged facts", "damaged caption", "damaged teacher", "no caption", "too small", "no
+                such content".
         """
         extension = self._content(raw)
-        common = self._words(raw, epoch)
+        common = self._common(raw, epoch)
         if self.kind == "assets":
             return self._asset(raw, epoch, common)
         data, patch = raw.files[extension], self.settings.patch_size
@@ -189,8 +197,8 @@ class Decoder:
         held = ", ".join(sorted(raw.files)) or "nothing"
         raise SampleError("no such content", f"{raw.id}: needs one of {', '.join(known)}; it holds {held}")
 
-    def _words(self, raw: Raw, epoch: int) -> dict[str, Any]:
-        """What items have in common."""
+    def _common(self, raw: Raw, epoch: int) -> dict[str, Any]:
+        """What items have in common, whatever they show."""
         try:
             facts = raw.facts()
         except InputError as error:
@@ -205,11 +213,18 @@ class Decoder:
             and self.settings.training
             and draws("caption", self.seed, epoch, raw.id, 1)[0] < self.settings.label_share
         ):
-            caption = str(label).lower()
+            caption = self._asked(str(label).lower(), epoch, raw.id)
         caption = clean_caption(caption) if caption else None
         if self._needs_caption and not caption:
             raise SampleError("no caption", f"{raw.id}: has no caption, and {self.task} needs one")
-        return {"id": raw.id, "source": self.source, "task": self.task, "caption": caption or None, "facts": facts}
+        words = {"id": raw.id, "source": self.source, "task": self.task, "caption": caption or None, "facts": facts}
+        return {**words, "teacher": read_teacher(raw.files, raw.id) if self._understanding else None}
+
+    def _asked(self, label: str, epoch: int, name: str) -> str:
+        """A label as it is, or in a prompt."""
+        chosen, lot = draws("prompt", self.seed, epoch, name, 2)
+        prompts = _PROMPTS[self.kind]
+        return prompts[int(lot * len(prompts))].replace("{}", label) if chosen < self.settings.prompted else label
 
     def _view(self, size: Size, epoch: int, name: str) -> View:
         try:

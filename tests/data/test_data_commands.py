@@ -23,7 +23,8 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["shard images", "shard videos", "shard assets", "data show", "data check", "tokenize"]
+    "command",
+    ["shard images", "shard videos", "shard assets", "data teach", "data show", "data check", "tokenize"],
 )
 def test_examples_work_as_pasted(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

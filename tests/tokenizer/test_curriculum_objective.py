@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.batch import Batch
 from data.config import open_training_loader
 from tests.tokenizer.curriculum_data import StubTower, make_sets, smoke
 from tokenizer.errors import InputError
@@ -108,6 +109,41 @@ def test_the_cosine_to_the_own_text_is_added_to_every_understanding(
             expected = part.share * 0.7 * (1 - cosines.detach()).mean()
             torch.testing.assert_close((more - plain).detach(), expected, rtol=1e-3, atol=0)
     assert seen == {"image_understanding", "video_understanding", "asset_understanding"}
+
+
+def test_what_a_network_has_seen_is_imitated_and_counts_over_the_samples_it_has_seen(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sets)
+    config = smoke(
+        3, "start={kind: scratch}", "loss={lpips: 0, gram: 0, clip: 0, imitation: 0.5}", "choices.imitated_width=7"
+    )
+    made, preparer, loader = trained(config)
+    preparer.imitated = 7
+    turn = next(loader)
+    features = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    batch = next(batch for batch in turn if batch.task == "image_understanding")
+    assert isinstance(batch, Batch)
+    items = list(batch.items)
+    assert len(items) > 3
+    items[1], items[3] = (replace(items[row], teacher=seen) for row, seen in zip((1, 3), features, strict=True))
+    taught = replace(batch, items=items)
+    part, plain = preparer([[taught]], 0)[0], preparer([[batch]], 0)[0]
+    assert made.model.alignment is not None
+    assert made.model.imitation is not None
+    outputs, scale = made.model(part.tokens, part.task), made.model.alignment.scale
+    loss, terms = made.objective(part, outputs, scale)
+    without, zero = made.objective(plain, outputs, scale)
+    normal = (features - features.mean(1, keepdim=True)) / (features.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    said = made.model.imitation(made.model.network.encode(part.tokens).pooled)[[1, 3]]
+    expected = (said - normal).square().mean()
+    torch.testing.assert_close(terms["image_understanding/imitation"], expected.detach())
+    torch.testing.assert_close(loss - without, 0.5 * expected, rtol=1e-4, atol=1e-6)
+    assert float(zero["image_understanding/imitation"]) == 0.0
+    # Nothing of another network's width, and nothing half-taught where it would be found in the middle of a run.
+    preparer.imitated = 8
+    with pytest.raises(InputError, match=r"its teacher has 7 numbers, but choices\.imitated_width is 8"):
+        preparer([[taught]], 0)
 
 
 def test_perceptual_terms_are_zero_for_a_perfect_copy_and_look_at_the_first_pictures(

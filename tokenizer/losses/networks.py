@@ -114,6 +114,16 @@ class SiglipVision(nn.Module):
         return pooled if pooled.dtype == torch.float64 else pooled.float()
 
 
+def make_image_network(siglip2: str | None = None, device: torch.device | str = "cpu") -> ImageNetwork:
+    """SigLIP 2 of a folder, or EfficientNet-Lite0 without one: frozen, in evaluation mode.
+
+    Raises:
+        InputError: its package or weights are not there.
+    """
+    network = Lite0Network() if siglip2 is None else SiglipVision(siglip2)
+    return network.to(device).requires_grad_(False).eval()
+
+
 def make_clip_network(choices: LossChoices) -> ImageNetwork:
     """The feature network of the CLIP loss that a configuration asks for.
 

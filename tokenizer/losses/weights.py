@@ -43,6 +43,9 @@ Cosine of own text: none, in the published objective
     Distillation and the sigmoid loss compare texts with each other: what all texts have in common is neither asked for
     nor punished. A SigLIP 2 encoder starts in the space of its texts; a small model that starts from nothing learns
     where they are from 1 - cosine of its vector and its own text.
+Imitation: none, in the published objective
+    A SigLIP 2 encoder brings what it knows of pictures, and 3D is learned from a good many captions. A small model has
+    a few hundred captions; what a classifier of photographs sees in a sample says more (`tokenizer.losses.imitation`).
 PSNR: none, in the published objective
     Small models add the PSNR itself with a small weight: it counts every item by its relative error, so that rough
     pictures do not drown smooth ones, and its gradient does not fade where L1 is small already.
@@ -69,6 +72,7 @@ class LossWeights:
     reconstruction, semantic, kl: the three parts of the objective.
     l1, psnr, lpips, gram, clip: the terms within the reconstruction; psnr weighs minus the decibels.
     cosine: of the cosine to the own text, beside distillation or the sigmoid loss within the semantic part.
+    imitation: of what an image network sees, within the semantic part too; samples that no network has seen have none.
 
     Raises:
         InputError: a weight that is negative or not finite.
@@ -83,6 +87,7 @@ class LossWeights:
     gram: float = 1e3
     clip: float = 1.0
     cosine: float = 0.0
+    imitation: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -103,6 +108,7 @@ class LossChoices:
     sigmoid_scale / sigmoid_bias: logarithm of the factor on cosines, and what is added.
     sigmoid_trained: whether these two are parameters.
     kl_when_discrete: whether a model with a quantiser keeps the KL term.
+    imitated_width: numbers that the imitated network gives of a sample; 1280 is EfficientNet-Lite0.
 
     Raises:
         InputError: a number out of range, or "siglip2" without a folder.
@@ -117,11 +123,14 @@ class LossChoices:
     sigmoid_bias: float = RELEASED_BIAS
     sigmoid_trained: bool = False
     kl_when_discrete: bool = False
+    imitated_width: int = 1280
 
     def __post_init__(self) -> None:
         if self.side < 32:
             raise InputError(f"side must be at least 32 pixels, got {self.side}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
+        if self.imitated_width < 1:
+            raise InputError(f"imitated_width must be at least 1, got {self.imitated_width}")
         if self.clip_network == "siglip2" and self.siglip2 is None:
             raise InputError("clip_network is siglip2, but no folder holds its weights; set siglip2=FOLDER")

@@ -1,7 +1,7 @@
 """What a run trains, as one Megatron model: the network in parallel, and beside it what aligns it with texts and what
 makes 3D Gaussians.
 
-The two are the native modules, whole on every tensor rank: they see pooled vectors and decoded patches, which all ranks
+They are the native modules, whole on every tensor rank: they see pooled vectors and decoded patches, which all ranks
 have, so their gradients agree without being sent. Of two pipeline stages the last has them: pooled vectors travel there
 beside the posterior, since losses are computed there. They stay float32 when the network is bfloat16: a scale in
 bfloat16 has an error of a percent.
@@ -24,7 +24,7 @@ from tokenizer.megatron.names import from_megatron
 from tokenizer.model.config import ATokenConfig
 from tokenizer.sparse import SparseTokens
 from tokenizer.text.alignment import TextAlignment
-from tokenizer.training.curriculum.model import Outputs
+from tokenizer.training.curriculum.model import Imitation, Outputs, understood
 from tokenizer.training.curriculum.optimization import averaging_weight
 from tokenizer.training.curriculum.tasks import ASSET_RECONSTRUCTION, is_understanding
 from tokenizer.voxels import voxel_features
@@ -38,16 +38,21 @@ class MegatronTrained(MegatronModule):  # type: ignore[misc]
 
     Args:
         network: this process's share and stage.
-        alignment, gaussians: None where the run has none, and on the first of two stages.
+        alignment, gaussians, imitation: None where the run has none, and on the first of two stages.
     """
 
     def __init__(
-        self, network: MegatronAToken, alignment: TextAlignment | None, gaussians: GaussianDecoder | None
+        self,
+        network: MegatronAToken,
+        alignment: TextAlignment | None,
+        gaussians: GaussianDecoder | None,
+        imitation: Imitation | None = None,
     ) -> None:
         super().__init__(config=network.config)
         self.network = network
         self.alignment = alignment
         self.gaussians = gaussians
+        self.imitation = imitation
         # Megatron's schedules and gradient reductions read these.
         self.model_type, self.share_embeddings_and_output_weights = network.model_type, False
         self.pre_process, self.post_process = network.pre_process, network.post_process
@@ -68,8 +73,7 @@ class MegatronTrained(MegatronModule):  # type: ignore[misc]
             return output
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.network.parallel.bf16):
             if is_understanding(task):
-                assert self.alignment is not None
-                return {"vectors": self.alignment(output.encoding.pooled)}
+                return understood(output.encoding.pooled, self.alignment, self.imitation)
             decoded = output.patches
             outputs: Outputs = {
                 "parameters": output.encoding.posterior.parameters.features,

@@ -53,7 +53,7 @@ from tokenizer.sparse import SparseTokens
 from tokenizer.text.alignment import TextAlignment
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.engine import Outcome
-from tokenizer.training.curriculum.model import Outputs, TrainedModel, save_trained
+from tokenizer.training.curriculum.model import Imitation, Outputs, TrainedModel, save_trained
 from tokenizer.training.curriculum.objective import Objective
 from tokenizer.training.curriculum.optimization import group_of, rate_at, rate_factors
 from tokenizer.training.curriculum.preparation import Prepared
@@ -91,11 +91,12 @@ class MegatronEngine:
         self.objective, self.config, self.parallel, self.processes = objective, config, parallel, processes
         self._device = device
         # The pictures and the validation of every process use what interprets Gaussians.
-        self._native = (model.alignment, model.gaussians.to(device) if model.gaussians is not None else None)
+        gaussians = model.gaussians.to(device) if model.gaussians is not None else None
+        self._native = (model.alignment, gaussians, model.imitation)
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         network = build_model(model.network.config, parallel, model.network.state_dict(), device=device)
-        alignment, gaussians = self._native if network.post_process else (None, None)
-        self.model = MegatronTrained(network, alignment, gaussians).to(device=device)
+        beside = self._native if network.post_process else (None, None, None)
+        self.model = MegatronTrained(network, *beside).to(device=device)
         groups = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.factors = {g: f for g, f in rate_factors(config.optimizer).items() if f and g in groups}
         for name, parameter in self.model.named_parameters():
@@ -265,11 +266,12 @@ class MegatronEngine:
         whole = self._whole_average()
         if not self.processes.first:
             return
-        alignment, gaussians = self._native
+        alignment, gaussians, imitation = self._native
         model = TrainedModel(
             ATokenNetwork(self.model.network_config),
             TextAlignment(alignment.config) if alignment is not None else None,
             GaussianDecoder(gaussians.config) if gaussians is not None else None,
+            Imitation(imitation.in_features, imitation.out_features) if imitation is not None else None,
         )
         model.load_state_dict(whole)
         save_trained(model, folder)

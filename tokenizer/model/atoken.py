@@ -117,6 +117,17 @@ class ATokenNetwork(nn.Module):
             quantizer=self.quantizer,
         )
 
+    def pooled(self, patches: SparseTokens) -> Tensor:
+        """The pooled vectors [B, D] that `encode` gives, without posteriors, which cost a small model more.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        patches = self._checked(patches, self.config.patch_features, "patches")
+        features = self.encoder.transformer(patches.features, tile_plan(patches, self.config.tile_steps))
+        vectors: Tensor = self.encoder.pool(features, item_segments(patches), patches.batch_size)
+        return vectors
+
     def decode(
         self, latents: SparseTokens, tiling: Tiling | None = None, observe: Observer | None = None
     ) -> SparseTokens:

@@ -40,7 +40,8 @@ class StepViews(Protocol):
 
 
 class StepItem(Protocol):
-    """One sample. `facts["label"]` is the name of its class, where it has one."""
+    """One sample. `facts["label"]` is the name of its class, where it has one; `teacher` [D] is what an image network
+    saw in it, where one did."""
 
     @property
     def id(self) -> str: ...
@@ -53,6 +54,9 @@ class StepItem(Protocol):
 
     @property
     def views(self) -> StepViews | None: ...
+
+    @property
+    def teacher(self) -> Tensor | None: ...
 
 
 class StepBatch(Protocol):

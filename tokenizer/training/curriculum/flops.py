@@ -71,7 +71,7 @@ class Work:
         self._pool = PASSES * _weights(pool.key_value)
         # The query of the pool runs once a batch, its output and MLP once an item.
         self._batch = PASSES * _weights(pool.query)
-        item_layers: tuple[nn.Module | None, ...] = (pool.out, pool.mlp, model.alignment)
+        item_layers: tuple[nn.Module | None, ...] = (pool.out, pool.mlp, model.alignment, model.imitation)
         self._item = PASSES * sum(_weights(layer) for layer in item_layers if layer is not None)
         self.gaussians = model.gaussians.config if model.gaussians is not None else None
         self._gaussians = PASSES * _weights(model.gaussians) if model.gaussians is not None else 0

@@ -114,7 +114,16 @@ def train(
         loop = Loop(
             config,
             engine,
-            Preparer(processes, device, patch_size, tower, teacher, config.seed, config.perceptual_images),
+            Preparer(
+                processes,
+                device,
+                patch_size,
+                tower,
+                teacher,
+                config.seed,
+                config.perceptual_images,
+                config.choices.imitated_width if config.loss.imitation else None,
+            ),
             source,
             Validation(held_out, engine, processes, patch_size, tower, model.gaussians),
             records,

@@ -1,8 +1,9 @@
 """What is trained: the network, what aligns it with texts, and what makes 3D Gaussians, as one module.
 
 State-dict prefixes: `network.` (an `ATokenNetwork`), `alignment.` (a `TextAlignment`), `gaussians.` (a
-`GaussianDecoder`). One call of `forward` does all that a batch of one task needs, so that an engine may wrap it whole
-(FSDP2 gathers parameters around calls). It returns plain tensors for the same reason.
+`GaussianDecoder`), `imitation.` (an `Imitation`, of training alone). One call of `forward` does all that a batch of one
+task needs, so that an engine may wrap it whole (FSDP2 gathers parameters around calls). It returns plain tensors for
+the same reason.
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ from tokenizer.training.curriculum.tasks import ASSET_RECONSTRUCTION, is_underst
 from tokenizer.voxels import voxel_features
 
 Outputs = dict[str, Tensor]
-"""By name: of understanding `vectors` [B, D]; of reconstruction `parameters` [N, 2C] of the posterior, `decoded`
-patches [N, P], `gaussians` [N, 14 G] raw where they are made, and `fault`, a scalar that is zero, or NaN where latents
-were not finite."""
+"""By name: of understanding `vectors` [B, D], and `imitated` [B, F] where a teacher is imitated; of reconstruction
+`parameters` [N, 2C] of the posterior, `decoded` patches [N, P], `gaussians` [N, 14 G] raw where they are made, and
+`fault`, a scalar that is zero, or NaN where latents were not finite."""
 
 PARTS = ("encoder", "decoder", "head", "gaussians")
 """What gradients are measured of: see `part_of`."""
+
+
+class Imitation(nn.Linear):
+    """Pooled vectors [B, width] to what an image network sees, [B, features]; nothing that a trained model needs."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__(width, features)
+
+    def drawn(self, generator: torch.Generator) -> Imitation:
+        """Itself with weights drawn: truncated normal with std 1 / sqrt(inputs), as the network's layers."""
+        nn.init.trunc_normal_(self.weight, std=self.in_features**-0.5, generator=generator)
+        nn.init.zeros_(self.bias)
+        return self
 
 
 class TrainedModel(nn.Module):
@@ -37,15 +51,21 @@ class TrainedModel(nn.Module):
         network: the autoencoder.
         alignment: to train understanding.
         gaussians: to train 3D by its pictures.
+        imitation: to learn what a teacher sees, beside the alignment.
     """
 
     def __init__(
-        self, network: ATokenNetwork, alignment: TextAlignment | None = None, gaussians: GaussianDecoder | None = None
+        self,
+        network: ATokenNetwork,
+        alignment: TextAlignment | None = None,
+        gaussians: GaussianDecoder | None = None,
+        imitation: Imitation | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.alignment = alignment
         self.gaussians = gaussians
+        self.imitation = imitation
 
     def forward(self, tokens: SparseTokens, task: str, generator: torch.Generator | None = None) -> Outputs:
         """What the objective of `task` compares.
@@ -54,10 +74,9 @@ class TrainedModel(nn.Module):
             tokens: patches [N, P].
             generator: samples the posterior; without one its mean is decoded. A discrete network quantises the mean.
         """
-        encoding = self.network.encode(tokens)
         if is_understanding(task):
-            assert self.alignment is not None
-            return {"vectors": self.alignment(encoding.pooled)}
+            return understood(self.network.pooled(tokens), self.alignment, self.imitation)
+        encoding = self.network.encode(tokens)
         sampled = self.network.quantizer is None and generator is not None
         latents = (encoding.posterior.sample(generator) if sampled else encoding.latents).features
         # The decoder refuses what is not finite, with an error; a step must fail in all processes alike instead.
@@ -78,9 +97,16 @@ class TrainedModel(nn.Module):
         return [*blocks, *(self.gaussians.blocks if self.gaussians is not None else ())]
 
 
+def understood(pooled: Tensor, alignment: TextAlignment | None, imitation: Imitation | None) -> Outputs:
+    """What the objective compares of pooled vectors [B, width]."""
+    assert alignment is not None
+    outputs = {"vectors": alignment(pooled)}
+    return outputs if imitation is None else {**outputs, "imitated": imitation(pooled)}
+
+
 def part_of(name: str) -> str:
-    """The part of `PARTS` that a parameter belongs to: the pool and what aligns it with texts are the head."""
-    if name.startswith(("alignment.", "network.encoder.pool.")):
+    """The part of `PARTS` that a parameter belongs to: the pool and what reads its vectors are the head."""
+    if name.startswith(("alignment.", "imitation.", "network.encoder.pool.")):
         return "head"
     if name.startswith("gaussians."):
         return "gaussians"

@@ -8,7 +8,7 @@
     asset_reconstruction    0.2 (L1 of voxels + L1 + L2 + 0.5 coverage of drawn views) + 1e-8 KL
 
 Where `loss.psnr` and `loss.cosine` ask for it, every reconstruction has the PSNR of its items besides, and every
-understanding the cosine to the own text.
+understanding the cosine to the own text; where `loss.imitation` does, the imitation of what an image network sees.
 
 The loss of a micro-batch is its part of the step's: sums over its own units, divided by the units of all
 (`Prepared.totals`). Adding up the losses, or the gradients, of all micro-batches in all processes gives those of the
@@ -30,6 +30,7 @@ from tokenizer.losses.clip import clip
 from tokenizer.losses.distillation import distillation
 from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.losses.gram import gram
+from tokenizer.losses.imitation import imitation
 from tokenizer.losses.kl import kl
 from tokenizer.losses.l1 import l1
 from tokenizer.losses.lpips import LPIPS, unit_length
@@ -96,7 +97,7 @@ class Objective:
     def names(self, task: str) -> list[str]:
         """The terms of a task, for logs: "task/term"."""
         if is_understanding(task):
-            return [f"{task}/semantic"]
+            return [f"{task}/semantic", *([f"{task}/imitation"] if self.weights.imitation else [])]
         names = ["l1", "kl", *(["psnr"] if self.weights.psnr else [])]
         if task == IMAGE_RECONSTRUCTION:
             names += [name for name in ("lpips", "gram", "clip") if getattr(self.weights, name)]
@@ -119,6 +120,9 @@ class Objective:
         """
         if is_understanding(prepared.task):
             loss, terms = self._understanding(prepared, outputs["vectors"], scale)
+            if self.weights.imitation:
+                terms["imitation"] = self._imitation(prepared, outputs["imitated"])
+                loss = loss + self.weights.semantic * self.weights.imitation * terms["imitation"]
         else:
             loss, terms = self._reconstruction(prepared, outputs, gaussians)
         return prepared.share * loss, {f"{prepared.task}/{name}": term.detach() for name, term in terms.items()}
@@ -143,6 +147,13 @@ class Objective:
             values = values + self.weights.cosine * (1 - cosine_similarity(vectors.to(kind), own))
         term = values.sum() / prepared.totals.items
         return self.weights.semantic * term, {"semantic": term}
+
+    def _imitation(self, prepared: Prepared, made: Tensor) -> Tensor:
+        """Zero, and no gradient but zero, where no network has seen any of these samples."""
+        if prepared.taught is None:
+            return made.sum() * 0.0
+        rows, features = prepared.taught
+        return imitation(made[rows], features).sum() / prepared.totals.taught
 
     def _reconstruction(
         self, prepared: Prepared, outputs: Outputs, gaussians: GaussianDecoder | None

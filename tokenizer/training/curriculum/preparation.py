@@ -32,12 +32,14 @@ from tokenizer.training.feeding import StepBatch, StepViews
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Units of a task in the whole step, in all processes: tokens, items, pictures for the perceptual losses, views."""
+    """Units of a task in the whole step, in all processes: tokens, items, pictures for the perceptual losses, views,
+    items that an image network has seen."""
 
     tokens: float
     items: float
     pictures: float
     views: float
+    taught: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Prepared:
     share: how much the task counts in this step: the share of the turns that were its. One for the task of every step.
     totals: what sums are divided by.
     texts: of understanding. views: of each item, of 3D reconstruction.
+    taught: where a teacher is imitated: which items it has seen, int64 [n], and what it saw, float32 [n, D]; None where
+        it has seen none.
     seed: of its noise.
     """
 
@@ -72,6 +76,7 @@ class Prepared:
     texts: Texts | None
     views: tuple[StepViews | None, ...]
     seed: int
+    taught: tuple[Tensor, Tensor] | None = None
 
 
 class Preparer:
@@ -86,6 +91,7 @@ class Preparer:
             (`tokenizer.losses.weights`).
         seed: of the run.
         perceptual_images: pictures of a batch that the perceptual losses look at.
+        imitated: numbers that an imitated network gives of a sample; None where none is imitated.
     """
 
     def __init__(
@@ -97,10 +103,11 @@ class Preparer:
         teacher: ImageNetwork | None,
         seed: int,
         perceptual_images: int | None,
+        imitated: int | None = None,
     ) -> None:
         self.processes, self.device, self.patch_size = processes, device, patch_size
         self.tower, self.teacher = tower, teacher
-        self.seed, self.perceptual_images = seed, perceptual_images
+        self.seed, self.perceptual_images, self.imitated = seed, perceptual_images, imitated
 
     def __call__(self, turns: Sequence[Sequence[StepBatch]], step: int) -> list[Prepared]:
         """The micro-batches of a step.
@@ -129,6 +136,7 @@ class Preparer:
                 texts=self._with_teacher(batch, tokens, texts.get(number)),
                 views=tuple(item.views for item in batch.items),
                 seed=stream_seed(self.seed, step, place, turn * world + rank),
+                taught=self._taught(batch),
             )
             for number, (batch, (place, turn)) in enumerate(zip(batches, places, strict=True))
         ]
@@ -141,15 +149,16 @@ class Preparer:
             raise InputError(f"in step {step} processes were given different tasks; give them loaders of one run")
 
     def _totals(self, batches: Sequence[StepBatch], tasks: Sequence[str]) -> dict[str, Totals]:
-        counts = {task: [0.0, 0.0, 0.0, 0.0] for task in tasks}
+        counts = {task: [0.0] * 5 for task in tasks}
         for batch in batches:
             items = len(batch.items)
             pictures = min(items, self.perceptual_images or items) if batch.task == IMAGE_RECONSTRUCTION else 0
             views = sum(item.views is not None for item in batch.items)
-            for place, count in enumerate((batch.num_tokens, items, pictures, views)):
+            taught = sum(item.teacher is not None for item in batch.items)
+            for place, count in enumerate((batch.num_tokens, items, pictures, views, taught)):
                 counts[batch.task][place] += count
         summed = self.processes.sum([count for task in tasks for count in counts[task]])
-        return {task: Totals(*summed[4 * place : 4 * place + 4]) for place, task in enumerate(tasks)}
+        return {task: Totals(*summed[5 * place : 5 * place + 5]) for place, task in enumerate(tasks)}
 
     def _texts(self, batches: Sequence[StepBatch], tasks: Sequence[str]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """Of each micro-batch of understanding: own text vectors, all of its task in the step, and which match."""
@@ -159,7 +168,9 @@ class Preparer:
             flat = [text for texts in mine.values() for text in texts]
             if self.tower is None:
                 raise InputError(f"{task} needs a text tower; set text.tower")
-            own = self.tower.encode(flat).to(self.device)
+            # Labels are the same for many: the tower reads each text once.
+            places = {text: place for place, text in enumerate(dict.fromkeys(flat))}
+            own = self.tower.encode(list(places)).to(self.device)[[places[text] for text in flat]]
             keys = text_keys(flat).to(self.device)
             every, _ = gather_rows(own, self.processes.group)
             every_keys, _ = gather_rows(keys, self.processes.group)
@@ -169,6 +180,23 @@ class Preparer:
                 result[number] = own[rows], every, same_text(keys[rows], every_keys)
                 start += len(texts)
         return result
+
+    def _taught(self, batch: StepBatch) -> tuple[Tensor, Tensor] | None:
+        """See `Prepared.taught`.
+
+        Raises:
+            InputError: features of another network than the one that is imitated.
+        """
+        seen = [(row, item, item.teacher) for row, item in enumerate(batch.items) if item.teacher is not None]
+        if self.imitated is None or not is_understanding(batch.task) or not seen:
+            return None
+        for _, item, features in seen:
+            if features.shape != (self.imitated,):
+                raise InputError(
+                    f"{item.id}: its teacher has {len(features)} numbers, but choices.imitated_width is {self.imitated}"
+                )
+        rows = torch.tensor([row for row, _, _ in seen])
+        return rows.to(self.device), torch.stack([features for _, _, features in seen]).to(self.device)
 
     def _with_teacher(
         self, batch: StepBatch, tokens: SparseTokens, texts: tuple[Tensor, Tensor, Tensor] | None

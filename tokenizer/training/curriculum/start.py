@@ -23,7 +23,7 @@ from tokenizer.text.protocol import TextTower
 from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, newest_good, read_weights
 from tokenizer.training.curriculum.codes import sample_patches
 from tokenizer.training.curriculum.config import RunConfig, TextConfig, network_config
-from tokenizer.training.curriculum.model import TrainedModel
+from tokenizer.training.curriculum.model import Imitation, TrainedModel
 from tokenizer.training.curriculum.siglip2 import start_from_siglip2
 from tokenizer.training.curriculum.stages import grown, kept_consistent, quantised, refit_codes
 from tokenizer.training.feeding import StepBatch
@@ -74,7 +74,11 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches 
         start_from_linear_codes(network, stills, clips, config.start.iterations, generator)
     alignment = _alignment(config, tower, sizes.encoder.width, previous, generator)
     gaussians = _gaussians(config, previous, generator)
-    model = TrainedModel(network, alignment, gaussians).requires_grad_(True).train()
+    imitation = None
+    if config.loss.imitation:
+        # Last, so that what is drawn before is the same without it.
+        imitation = Imitation(sizes.encoder.width, config.choices.imitated_width).drawn(generator)
+    model = TrainedModel(network, alignment, gaussians, imitation).requires_grad_(True).train()
     if alignment is not None:
         alignment.scale.requires_grad_(config.choices.sigmoid_trained)
     return model

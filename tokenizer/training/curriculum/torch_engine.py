@@ -25,7 +25,7 @@ from tokenizer.fp8 import convert
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.engine import Outcome
-from tokenizer.training.curriculum.model import Outputs, TrainedModel, save_trained
+from tokenizer.training.curriculum.model import Imitation, Outputs, TrainedModel, save_trained
 from tokenizer.training.curriculum.objective import Objective
 from tokenizer.training.curriculum.optimization import (
     Average,
@@ -253,6 +253,7 @@ def _plain_copy(model: TrainedModel) -> TrainedModel:
         ATokenNetwork(model.network.config),
         TextAlignment(model.alignment.config) if model.alignment is not None else None,
         GaussianDecoder(model.gaussians.config) if model.gaussians is not None else None,
+        Imitation(model.imitation.in_features, model.imitation.out_features) if model.imitation is not None else None,
     )
 
 
