@@ -287,11 +287,12 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is left of an asset that is understood, as it is seen in this epoch."""
         settings, drawn_by = self.settings, (self.seed, epoch, name)
+        rows = None
         if settings.training and settings.stretched:
             rows, coordinates = variation.stretch(coordinates, settings.stretched, *drawn_by)
-            features = features[rows]
-        kept = self._kept_voxels(len(features), epoch, name)
-        features, coordinates = features[kept], coordinates[kept]
+        kept = self._kept_voxels(len(coordinates), epoch, name)
+        # Patches are large: only those that stay are copied.
+        features, coordinates = features[kept if rows is None else rows[kept]], coordinates[kept]
         if settings.training and settings.turned:
             coordinates = variation.turn(coordinates, *drawn_by)
         if settings.training and settings.recoloured:

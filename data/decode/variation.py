@@ -47,7 +47,10 @@ def stretch(coordinates: Tensor, most: float, seed: int, epoch: int, name: str) 
     moved = moved - moved.amin(0).clamp(max=0)
     moved = (moved - (moved.amax(0) - int(high.max())).clamp(min=0)).clamp(min=0)
     order = torch.randperm(len(moved), generator=torch.Generator().manual_seed(int(lot * 2**53)))
-    _, places = moved[order].unique(dim=0, return_inverse=True)
+    # One number for a place: rows are compared much slower.
+    side = int(moved.max()) + 1
+    numbers = (moved[:, 0] * side + moved[:, 1]) * side + moved[:, 2]
+    _, places = numbers[order].unique(return_inverse=True)
     first = torch.full((int(places.max()) + 1,), len(moved), dtype=torch.int64)
     first.scatter_reduce_(0, places, torch.arange(len(moved)), "amin")
     kept = order[first].sort().values
