@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,18 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "tokenizer" / "stages"
 
+IMITATED = 12
+"""Numbers of what a network is said to have seen in some of the samples."""
+IMITATING = ("loss.imitation=0.3", f"choices.imitated_width={IMITATED}")
+"""Settings of a run that learns them."""
+
+
+def seen(number: int) -> dict[str, bytes]:
+    """What a network saw in two samples of three."""
+    written = io.BytesIO()
+    np.save(written, np.random.default_rng(number).random(IMITATED).astype(np.float16))
+    return {"teacher.npy": written.getvalue()} if number % 3 else {}
+
 
 def picture(number: int) -> Iterator[Record]:
     """A square of one colour on another ground, 32 to 64 pixels a side."""
@@ -32,7 +45,8 @@ def picture(number: int) -> Iterator[Record]:
     pixels[8 : height - 8, 8 : width - 8] = COLOURS[name]
     pixels = np.clip(pixels + rng.normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
     caption = f"a {name} square number {number}".encode()
-    yield Record(f"p{number:03d}", {"png": picture_file(pixels, "PNG"), "txt": caption}, {"label": name})
+    files = {"png": picture_file(pixels, "PNG"), "txt": caption, **seen(number)}
+    yield Record(f"p{number:03d}", files, {"label": name})
 
 
 def clip(number: int) -> Iterator[Record]:
@@ -44,7 +58,8 @@ def asset(number: int) -> Iterator[Record]:
     """The same voxels every time, of one of two classes."""
     files, facts = asset_files()
     label = ("chair", "table")[number % 2]
-    yield Record(f"a{number:03d}", {**files, "txt": f"a {label} number {number}".encode()}, {**facts, "label": label})
+    files = {**files, "txt": f"a {label} number {number}".encode(), **seen(number)}
+    yield Record(f"a{number:03d}", files, {**facts, "label": label})
 
 
 def make_sets(folder: Path, *, videos: bool = True) -> None:

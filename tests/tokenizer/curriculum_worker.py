@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.config import open_training_loader
-from tests.tokenizer.curriculum_data import StubTower, pictures_alone, smoke
+from tests.tokenizer.curriculum_data import IMITATED, IMITATING, StubTower, pictures_alone, smoke
 from tokenizer.training.curriculum.launch import train
 from tokenizer.training.curriculum.objective import make_objective
 from tokenizer.training.curriculum.preparation import Preparer
@@ -76,12 +76,13 @@ def steps(layout: Layout, rank: int, world: int, folder: Path) -> None:
     """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt."""
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/{layout}", rank=rank, world_size=world)
-    config = smoke(3, f"accumulation={2 // world}", "start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4")
+    start = ("start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4")
+    config = smoke(3, f"accumulation={2 // world}", *start, *IMITATING)
     processes = Processes(CPU)
     tower = StubTower()
     model = starting_model(config, tower, lambda: []).double()
     engine = TorchEngine(model, make_objective(config, CPU), config, processes, CPU, layout)
-    preparer = Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, None)
+    preparer = Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, None, IMITATED)
     ranks = [rank] if world > 1 else [0, 1]
     loaders = [open_training_loader(config.data, seed=0, rank=r, world=2, quarantine_file=None) for r in ranks]
     losses = []

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import yaml
 
 from data.config import open_training_loader
-from tests.tokenizer.curriculum_data import StubTower, pictures_alone, smoke
+from tests.tokenizer.curriculum_data import IMITATED, IMITATING, StubTower, pictures_alone, smoke
 from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.megatron.build import initialise_parallel
@@ -57,7 +57,7 @@ def settings(copies: int) -> RunConfig:
     ratios = ", ".join(f"{task}: 1" for task in (*kinds, "video_understanding"))
     # Gradients of L1 are signs: with this seed no value is so near its target that rounding turns one.
     start = ("start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4", "seed=1")
-    return smoke(3, f"accumulation={2 // copies}", f"data.ratios={{{ratios}}}", *start)
+    return smoke(3, f"accumulation={2 // copies}", f"data.ratios={{{ratios}}}", *start, *IMITATING)
 
 
 class Run:
@@ -78,7 +78,7 @@ class Run:
 
             self.processes = Copies(CPU)
             self.engine = MegatronEngine(model, objective, self.config, parallel, self.processes, CPU)
-        self.preparer = Preparer(self.processes, CPU, (4, 16, 16), StubTower(), None, self.config.seed, None)
+        self.preparer = Preparer(self.processes, CPU, (4, 16, 16), StubTower(), None, self.config.seed, None, IMITATED)
         ranks = [self.processes.rank] if copies > 1 else [0, 1]
         self.loaders = [
             open_training_loader(self.config.data, seed=0, rank=rank, world=2, quarantine_file=None) for rank in ranks
