@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.tokenizer.siglip_files import SENTENCES, save_fast_tokenizer, save_se
 from tokenizer.errors import InputError
 from tokenizer.losses.networks import ImageNetwork, SiglipVision, make_clip_network
 from tokenizer.losses.weights import LossChoices
+from tokenizer.quiet import quiet_imports
 from tokenizer.text.minilm import MiniLMText
 from tokenizer.text.protocol import TextTower
 from tokenizer.text.siglip import CONTEXT, SiglipText
@@ -192,6 +194,15 @@ def test_siglip_of_a_fixed_size_serves_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- MiniLM
+
+
+def test_packages_keep_quiet_about_what_nobody_can_change(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torchao")
+    with quiet_imports():
+        logger.warning("a library for another CUDA")
+        logger.error("something is wrong")
+    logger.warning("and now again")
+    assert [record.message for record in caplog.records] == ["something is wrong", "and now again"]
 
 
 @needs_minilm

@@ -18,6 +18,7 @@ from tokenizer.errors import InputError
 from tokenizer.fp8.config import FP8Config
 from tokenizer.fp8.rows import in_padded_rows
 from tokenizer.megatron.fp8 import fp8_recipe
+from tokenizer.quiet import quiet_imports
 
 
 def torchao_layers(model: nn.Module, names: Iterable[str], config: FP8Config, *, emulate: bool = False) -> None:
@@ -135,7 +136,8 @@ def _run_inside(module: nn.Module, context: Callable[[], AbstractContextManager[
 
 def _imported(module: str, backend: str, other: str) -> Any:
     try:
-        return importlib.import_module(module)
+        with quiet_imports():
+            return importlib.import_module(module)
     except Exception as error:  # a broken build fails with anything from OSError to AssertionError
         raise InputError(
             f"{backend} is installed but cannot be imported; reinstall it for this torch and CUDA, or set "

@@ -11,6 +11,7 @@ import torch
 
 from tokenizer.config import read_mapping
 from tokenizer.errors import InputError, require_package
+from tokenizer.quiet import quiet_imports
 
 
 def read_kind(folder: str | Path) -> str:
@@ -71,7 +72,8 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with quiet_imports():
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
