@@ -2,8 +2,8 @@
 
 Counted are matrix products, two operations for each multiply-add: linear layers, convolutions, position tables, linear
 codes, and attention over whole segments or inside windows. A layer's backward pass is twice its forward pass; of what
-reads pixels it is once, since nobody asks for the gradient of a pixel. Counted is what a task needs: the network pools
-and writes posteriors for every task, and what no loss reads is left out. So are frozen networks (text towers, LPIPS)
+reads pixels it is once, since nobody asks for the gradient of a pixel. Counted is what a task needs: what is
+reconstructed is pooled as well, and what no loss reads is left out. So are frozen networks (text towers, LPIPS)
 and rasterising: what is shown is the share of the device that works on the model.
 """
 
