@@ -26,8 +26,8 @@ DATA_MAY_USE = (
     *("tokenizer.assets", "tokenizer.cameras", "tokenizer.media", "tokenizer.patches", "tokenizer.sparse"),
     *("tokenizer.voxels", "tokenizer.text", "tokenizer.config", "tokenizer.errors", "tokenizer.atomic"),
 )
-# Turning shards into latents needs the whole tokenizer, as its users call it.
-DATA_WITH_MODELS = ("data/latents", "data/cli")
+# Turning shards into latents needs the whole tokenizer, as its users call it; a teacher is one of its image networks.
+DATA_WITH_MODELS = ("data/latents", "data/making/teach.py", "data/cli")
 MODEL_MAY_USE = ("torch", "tokenizer.model", "tokenizer.quantizers", "tokenizer.sparse", "tokenizer.errors")
 
 HEAVY = (
