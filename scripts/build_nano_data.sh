@@ -6,7 +6,7 @@
 # is measured at, and large frames do not take longer to read than a step takes.
 # Furniture is rendered once, as a store (the decoder of Gaussians is trained from it), which takes longest, and then
 # written as shards. What is understood by few captions is taught: seen by a classifier of photographs, which nano learns
-# to imitate (about 10 minutes on 2 cores). What is there already is left alone.
+# to imitate. What is there already is left alone.
 set -eu
 cd "$(dirname "$0")/.."
 sets=${1:-datasets/sets}

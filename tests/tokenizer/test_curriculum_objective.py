@@ -124,8 +124,9 @@ def test_what_a_network_has_seen_is_imitated_and_counts_over_the_samples_it_has_
     features = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
     batch = next(batch for batch in turn if batch.task == "image_understanding")
     assert isinstance(batch, Batch)
-    items = list(batch.items)
+    items = [replace(item, teacher=None) for item in batch.items]
     assert len(items) > 3
+    batch = replace(batch, items=list(items))
     items[1], items[3] = (replace(items[row], teacher=seen) for row, seen in zip((1, 3), features, strict=True))
     taught = replace(batch, items=items)
     part, plain = preparer([[taught]], 0)[0], preparer([[batch]], 0)[0]
@@ -140,7 +141,7 @@ def test_what_a_network_has_seen_is_imitated_and_counts_over_the_samples_it_has_
     torch.testing.assert_close(terms["image_understanding/imitation"], expected.detach())
     torch.testing.assert_close(loss - without, 0.5 * expected, rtol=1e-4, atol=1e-6)
     assert float(zero["image_understanding/imitation"]) == 0.0
-    # Nothing of another network's width, and nothing half-taught where it would be found in the middle of a run.
+    # Features of another network are refused.
     preparer.imitated = 8
     with pytest.raises(InputError, match=r"its teacher has 7 numbers, but choices\.imitated_width is 8"):
         preparer([[taught]], 0)

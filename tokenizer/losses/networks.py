@@ -1,7 +1,7 @@
 """Frozen image networks behind one protocol: feature networks of the CLIP loss, teachers of the distillation.
 
 SigLIP 2 vision serves as both where its weights are at hand. EfficientNet-Lite0 is always at hand and serves as the
-first; its features are no neighbours of any text tower's, so it cannot teach.
+first; its features are no neighbours of any text tower's, so that it teaches only by being imitated.
 """
 
 from __future__ import annotations
@@ -124,12 +124,6 @@ def make_image_network(siglip2: str | None = None, device: torch.device | str = 
     return network.to(device).requires_grad_(False).eval()
 
 
-def make_clip_network(choices: LossChoices) -> ImageNetwork:
-    """The feature network of the CLIP loss that a configuration asks for.
-
-    Raises:
-        InputError: its package or weights are not there.
-    """
-    if choices.clip_network == "lite0" or choices.siglip2 is None:
-        return Lite0Network()
-    return SiglipVision(choices.siglip2)
+def make_clip_network(choices: LossChoices, device: torch.device | str = "cpu") -> ImageNetwork:
+    """The feature network of the CLIP loss that a configuration asks for; see `make_image_network`."""
+    return make_image_network(None if choices.clip_network == "lite0" else choices.siglip2, device)

@@ -62,6 +62,13 @@ class Encoding:
         return mean if self.quantized is None else mean.with_features(self.quantized.values)
 
 
+def draw_linear(layer: nn.Linear, generator: torch.Generator) -> None:
+    """Draw a layer anew: weights truncated normal with std 1 / sqrt(inputs), biases zero."""
+    nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 class ATokenNetwork(nn.Module):
     """Encoder, posterior, quantiser and decoder.
 
@@ -212,9 +219,7 @@ class ATokenNetwork(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                draw_linear(module, generator)
             elif isinstance(module, PositionTable):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
         for stack in self.transformers():

@@ -24,6 +24,7 @@ from tokenizer.atomic import atomic_path
 from tokenizer.config import config_to_dict, parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.losses.similarity import RELEASED_BIAS, RELEASED_SCALE, SimilarityScale
+from tokenizer.model.atoken import draw_linear
 from tokenizer.tensorio import write_safetensors
 from tokenizer.text.protocol import TextTower
 
@@ -76,10 +77,9 @@ class TextAlignment(nn.Module):
         self.scale = SimilarityScale(scale, bias, config.scale_trained)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw the projection: truncated normal with std 1 / sqrt(inputs), as the network's layers."""
+        """Draw the projection as the network's layers are drawn."""
         if self.projection is not None:
-            nn.init.trunc_normal_(self.projection.weight, std=self.config.width**-0.5, generator=generator)
-            nn.init.zeros_(self.projection.bias)
+            draw_linear(self.projection, generator)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[B, width] -> [B, text_width], of any length."""

@@ -15,7 +15,7 @@ import torch
 
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
-from tokenizer.losses.networks import ImageNetwork, SiglipVision
+from tokenizer.losses.networks import ImageNetwork, make_image_network
 from tokenizer.text.alignment import open_tower
 from tokenizer.text.protocol import TextTower
 from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints, newest_good
@@ -185,7 +185,7 @@ def _teacher(config: RunConfig, tower: TextTower | None, device: torch.device) -
     """SigLIP 2's image tower where its weights are named and its text tower is the run's."""
     if config.choices.siglip2 is None or config.text.tower != "siglip2" or tower is None:
         return None
-    teacher = SiglipVision(config.choices.siglip2).to(device)
+    teacher = make_image_network(config.choices.siglip2, device)
     if teacher.width != tower.width:
         raise InputError(
             f"{config.choices.siglip2}: gives vectors of {teacher.width} numbers, the text tower of {tower.width}; "

@@ -37,12 +37,6 @@ class Imitation(nn.Linear):
     def __init__(self, width: int, features: int) -> None:
         super().__init__(width, features)
 
-    def drawn(self, generator: torch.Generator) -> Imitation:
-        """Itself with weights drawn: truncated normal with std 1 / sqrt(inputs), as the network's layers."""
-        nn.init.trunc_normal_(self.weight, std=self.in_features**-0.5, generator=generator)
-        nn.init.zeros_(self.bias)
-        return self
-
 
 class TrainedModel(nn.Module):
     """Everything with parameters that a run trains.

@@ -17,8 +17,6 @@ step. The same holds for the terms, which are logged unweighted.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -238,9 +236,7 @@ def make_objective(config: RunConfig, device: torch.device) -> Objective:
     """
     sizes, weights = network_config(config), config.loss
     lpips = LPIPS.from_package(config.choices.lpips_backbone).to(device) if weights.lpips or weights.gram else None
-    network = make_clip_network(config.choices) if weights.clip else None
-    if network is not None:  # every one that is made here is a module
-        cast(torch.nn.Module, network).to(device).requires_grad_(False).eval()
+    network = make_clip_network(config.choices, device) if weights.clip else None
     return Objective(
         weights,
         config.choices,

@@ -16,7 +16,7 @@ from tokenizer.gaussians.checkpoints import SUBFOLDER as GAUSSIANS
 from tokenizer.gaussians.checkpoints import load_gaussian_decoder
 from tokenizer.gaussians.config import GaussianDecoderConfig
 from tokenizer.gaussians.decoder import GaussianDecoder
-from tokenizer.model.atoken import ATokenNetwork
+from tokenizer.model.atoken import ATokenNetwork, draw_linear
 from tokenizer.model.config import ATokenConfig
 from tokenizer.text.alignment import SUBFOLDER, AlignmentConfig, TextAlignment, load_text_alignment
 from tokenizer.text.protocol import TextTower
@@ -76,8 +76,8 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches 
     gaussians = _gaussians(config, previous, generator)
     imitation = None
     if config.loss.imitation:
-        # Last, so that what is drawn before is the same without it.
-        imitation = Imitation(sizes.encoder.width, config.choices.imitated_width).drawn(generator)
+        imitation = Imitation(sizes.encoder.width, config.choices.imitated_width)
+        draw_linear(imitation, generator)  # last, so that what is drawn before is the same without it
     model = TrainedModel(network, alignment, gaussians, imitation).requires_grad_(True).train()
     if alignment is not None:
         alignment.scale.requires_grad_(config.choices.sigmoid_trained)
