@@ -7,7 +7,7 @@ checkpoints and weights of other models know no difference.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.fp8.config import FP8Config
+from tokenizer.fp8.fused.scales import BLOCK_LAYERS, Scales
 from tokenizer.fp8.rows import in_padded_rows
 from tokenizer.megatron.fp8 import fp8_recipe
+from tokenizer.model.transformer import Block
 from tokenizer.quiet import quiet_imports
 
 
@@ -61,6 +63,35 @@ def engine_layers(model: nn.Module, names: Iterable[str], stacks: Iterable[nn.Mo
     recipe = fp8_recipe(config.megatron())
     for stack in stacks:
         _run_inside(stack, lambda: _fp8_mode(engine, recipe))
+
+
+def fused_blocks(model: nn.Module, names: Sequence[str], config: FP8Config, device: torch.device) -> Scales:
+    """Swap the blocks that the named layers are in for `tokenizer.fp8.fused.block.FusedBlock`.
+
+    Returns:
+        The scales of all their tensors.
+
+    Raises:
+        InputError: Triton is broken, or a block of which only some layers are named.
+    """
+    fused = _imported("tokenizer.fp8.fused.block", "triton", "torchao")
+    chosen = frozenset(names)
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
+    whole = []
+    for name in blocks:
+        inside = [f"{name}.{layer}" in chosen for layer in BLOCK_LAYERS]
+        if any(inside) and not all(inside):
+            left = f"{name}.{BLOCK_LAYERS[inside.index(False)]}"
+            raise InputError(
+                f"fp8.backend triton fuses whole blocks, but {left} stays bfloat16 and others of its block do not; keep "
+                f"'{name}.*' or set fp8.backend=torchao"
+            )
+        if all(inside):
+            whole.append(name)
+    scales = Scales(config, whole, device)
+    for number, name in enumerate(whole):
+        model.set_submodule(name, fused.FusedBlock(model.get_submodule(name), scales, number))
+    return scales
 
 
 class EngineLayer(Protocol):

@@ -15,8 +15,16 @@ from tokenizer.fp8.config import Backend, FP8Config
 FIRST_CAPABILITY = (8, 9)
 """Compute capability of the first cards with FP8 (Ada; Hopper is 9.0)."""
 
-_PACKAGES: dict[Backend, str] = {"transformer_engine": "transformer_engine", "torchao": "torchao"}
-_INSTALL = {"transformer_engine": "pip install 'transformer-engine[pytorch]'", "torchao": "pip install torchao"}
+_PACKAGES: dict[Backend, str] = {
+    "transformer_engine": "transformer_engine",
+    "torchao": "torchao",
+    "triton": "triton",
+}
+_INSTALL = {
+    "transformer_engine": "pip install 'transformer-engine[pytorch]'",
+    "torchao": "pip install torchao",
+    "triton": "pip install triton",
+}
 
 
 def choose_backend(config: FP8Config, device: torch.device) -> Backend:

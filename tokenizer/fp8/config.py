@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tokenizer.errors import InputError
 from tokenizer.megatron.config import ParallelConfig
 
-Backend = Literal["transformer_engine", "torchao", "emulated"]
+Backend = Literal["transformer_engine", "torchao", "triton", "emulated"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class FP8Config:
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     num_layers_at_start_in_bf16: int = 0
     num_layers_at_end_in_bf16: int = 0
-    backend: Literal["auto", "transformer_engine", "torchao", "emulated"] = "auto"
+    backend: Literal["auto", "transformer_engine", "torchao", "triton", "emulated"] = "auto"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

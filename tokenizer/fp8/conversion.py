@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
-from tokenizer.fp8.backends import EngineLayer, engine_layers, torchao_layers
+from tokenizer.fp8.backends import EngineLayer, engine_layers, fused_blocks, torchao_layers
 from tokenizer.fp8.choose import choose_backend
 from tokenizer.fp8.config import Backend, FP8Config
 from tokenizer.fp8.emulate import EmulatedLinear
+from tokenizer.fp8.fused.scales import Scales
 from tokenizer.fp8.layers import LayerPlan, plan
 from tokenizer.model.transformer import Transformer
 
@@ -24,13 +25,14 @@ from tokenizer.model.transformer import Transformer
 class Conversion:
     """A converted model: what was done, and the state that is not in its state dict.
 
-    backend: what computes. plan: all layers and decisions. layers: the FP8 ones by name.
+    backend: what computes. plan: all layers and decisions. layers: the FP8 ones by name. scales: of fused blocks.
     """
 
     config: FP8Config
     backend: Backend
     plan: list[LayerPlan]
     layers: dict[str, nn.Module]
+    scales: Scales | None = None
 
     def describe(self) -> str:
         """One line for a log."""
@@ -46,6 +48,8 @@ class Conversion:
             return {}
         if self.backend == "transformer_engine":
             return {name: cast(EngineLayer, layer).fp8_state() for name, layer in self.layers.items()}
+        if self.scales is not None:
+            return self.scales.state_dict()
         return {name: history.to("cpu", copy=True) for name, history in self._histories().items()}
 
     @torch.no_grad()
@@ -55,7 +59,12 @@ class Conversion:
         Raises:
             InputError: a state of other layers or another length of history.
         """
+        if self.scales is not None:
+            self.scales.forget_weights()
         if not state or self.config.fp8_recipe != "delayed":
+            return
+        if self.scales is not None:
+            self.scales.load_state_dict(state)
             return
         odd = sorted(state.keys() ^ self.layers.keys())
         if odd:
@@ -74,10 +83,13 @@ class Conversion:
 
     @torch.no_grad()
     def synchronise(self) -> None:
-        """Give all processes the largest histories among them, so that they scale alike; call it after each step.
+        """A step is over: give all processes the largest histories among them, so that they scale alike.
 
-        Only the emulated delayed recipe needs it (Transformer Engine does it by itself); otherwise nothing happens.
+        Fused blocks and the emulated delayed recipe need it (Transformer Engine does it by itself); otherwise nothing
+        happens.
         """
+        if self.scales is not None:
+            self.scales.move_on()
         histories = list(self._histories().values())
         if not histories or not dist.is_initialized() or dist.get_world_size() == 1:
             return
@@ -111,9 +123,13 @@ def convert(model: nn.Module, config: FP8Config, device: torch.device) -> Conver
     layers = plan(model, config)
     backend = choose_backend(config, device)
     names = [row.name for row in layers if row.decision == "fp8"]
-    stacks = [module for module in model.modules() if isinstance(module, Transformer)]
-    swap(model, names, stacks, backend, config)
-    return Conversion(config, backend, layers, {name: model.get_submodule(name) for name in names})
+    scales = None
+    if backend == "triton":
+        scales = fused_blocks(model, names, config, device)
+    else:
+        stacks = [module for module in model.modules() if isinstance(module, Transformer)]
+        swap(model, names, stacks, backend, config)
+    return Conversion(config, backend, layers, {name: model.get_submodule(name) for name in names}, scales)
 
 
 def swap(

@@ -1,0 +1,309 @@
+"""Calls of the kernels: what they allocate, how they are divided into programs, and what is added up after them.
+
+Nothing here waits for the device. T is the number of tokens, P the next multiple of 16: what is rounded, and every
+product, has P rows. "Sums" are those of columns, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from tokenizer.fp8.fused.heads import head_slopes_kernel, heads_backward_kernel, heads_kernel
+from tokenizer.fp8.fused.kernels import cast_kernel, gelu_backward_kernel, gelu_kernel
+from tokenizer.fp8.fused.norms import norm_backward_kernel, norm_kernel, slopes_kernel, statistics_kernel
+from tokenizer.fp8.fused.scales import Scales
+from tokenizer.megatron.fp8 import FP8_MULTIPLE
+from tokenizer.megatron.rows import padded_count
+from tokenizer.model.transformer import NORM_EPS
+
+TILES: dict[str, dict[str, int]] = {
+    "cast": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
+    "gelu": {"ROWS": 64, "COLUMNS": 128, "num_warps": 8},
+    "gelu_backward": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+    "norm": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+    "norm_backward": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
+    "heads": {"ROWS": 16, "num_warps": 4},
+    "head_slopes": {"ROWS": 16, "num_warps": 4},
+    "heads_backward": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+}
+"""Rows and columns of a program, and its warps: the fastest on an H100 at so400m's widths and 16,384 tokens."""
+
+Launch = Callable[[Tensor, Tensor, Tensor, Tensor, int], object]
+"""Runs a kernel that writes (plain, turned) by (scale, largest); the last argument is its PACK."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor in FP8 both ways: `plain` [R, C] and `turned` [C, R]. It is either times `inverse`, a scalar."""
+
+    plain: Tensor
+    turned: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a tensor is rounded: number `number` of `scales`; `remember` its magnitude for later steps."""
+
+    scales: Scales
+    number: int
+    remember: bool = True
+
+    def rounded(self, rows: int, columns: int, like: Tensor, launch: Launch) -> Operand:
+        """What `launch` writes."""
+        plain, turned, packed = _both_ways(rows, columns, self.scales.kinds[self.number], like)
+        inverse = self.scales.rounded(
+            self.number,
+            lambda scale, largest: launch(plain, packed, scale, largest, 4 // plain.itemsize),
+            remember=self.remember,
+        )
+        return Operand(plain, turned, inverse)
+
+
+def _both_ways(rows: int, columns: int, kind: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty [rows, columns] and [columns, rows], and the latter as kernels write it: several rows in one integer."""
+    plain, turned = (like.new_empty(shape, dtype=kind) for shape in ((rows, columns), (columns, rows)))
+    return plain, turned, turned.view(torch.int32)
+
+
+def padded(count: int) -> int:
+    return padded_count(count, FP8_MULTIPLE)
+
+
+def cast(x: Tensor, site: Site, *, sums: bool = False) -> tuple[Operand, Tensor | None]:
+    """x [T, C] rounded, and its sums [C]. Rows may lie apart."""
+    count, width = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, grid = padded(count), _grid("cast", padded(count), width)
+    parts = _room(sums, grid[0], width, x)
+    operand = site.rounded(
+        rows,
+        width,
+        x,
+        lambda plain, turned, scale, largest, pack: cast_kernel[grid](
+            x, x.stride(0), plain, turned, scale, largest, parts, count, rows, width,
+            SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["cast"],
+        ),
+    )  # fmt: skip
+    return operand, parts.sum(0) if sums else None
+
+
+def cast_weight(weight: Tensor, scale: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight [O, I] rounded by a known scale, both ways. O is a multiple of 16."""
+    rows, width = weight.shape
+    plain, turned, packed = _both_ways(rows, width, kind, weight)
+    unused = torch.zeros_like(scale)
+    cast_kernel[_grid("cast", rows, width)](
+        weight, weight.stride(0), plain, packed, scale, unused, unused, rows, rows, width,
+        SUMS=False, PACK=4 // plain.itemsize, FAST=weight.is_cuda, **TILES["cast"],
+    )  # fmt: skip
+    return plain, turned
+
+
+def gelu(x: Tensor, count: int, site: Site) -> Operand:
+    """GELU (tanh approximation) of x [P, C], rounded."""
+    rows, width = x.shape
+    return site.rounded(
+        rows,
+        width,
+        x,
+        lambda plain, turned, scale, largest, pack: gelu_kernel[_grid("gelu", rows, width)](
+            x, plain, turned, scale, largest, count, rows, width, PACK=pack, FAST=x.is_cuda, **TILES["gelu"]
+        ),
+    )
+
+
+def gelu_backward(gradient: Tensor, x: Tensor, count: int, site: Site, *, sums: bool) -> tuple[Operand, Tensor | None]:
+    """The gradient of x [P, C] from that of its GELU, rounded, and its sums [C]."""
+    rows, width = x.shape
+    grid = _grid("gelu_backward", rows, width)
+    parts = _room(sums, grid[0], width, x)
+    operand = site.rounded(
+        rows,
+        width,
+        x,
+        lambda plain, turned, scale, largest, pack: gelu_backward_kernel[grid](
+            gradient, x, plain, turned, scale, largest, parts, count, rows, width,
+            SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["gelu_backward"],
+        ),
+    )  # fmt: skip
+    return operand, parts.sum(0) if sums else None
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """The norm of some tokens: rounded, and what its backward pass needs. `x` [T, D] is what was normed."""
+
+    operand: Operand
+    x: Tensor
+    means: Tensor
+    factors: Tensor
+
+
+def norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, site: Site, *, rms: bool) -> Normed:
+    """The norm of x [T, D], or of x + update [P, D]."""
+    count, width = x.shape
+    rows = padded(count)
+    means, factors = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    added = x if update is None else torch.empty_like(x)
+    statistics_kernel[(rows,)](
+        x, x if update is None else update, added, means, factors, count, rows, NORM_EPS,
+        ADD=update is not None, RMS=rms, WIDTH=width, **_whole_row(width),
+    )  # fmt: skip
+    operand = site.rounded(
+        rows,
+        width,
+        x,
+        lambda plain, turned, scale, largest, pack: norm_kernel[_grid("norm", rows, width)](
+            added, weight, weight if bias is None else bias, means, factors, plain, turned, scale, largest,
+            count, rows, width, BIAS=bias is not None, PACK=pack, FAST=x.is_cuda, **TILES["norm"],
+        ),
+    )  # fmt: skip
+    return Normed(operand, added, means, factors)
+
+
+@dataclass(frozen=True, slots=True)
+class NormGradients:
+    """x: [T, D] with the gradient that was there before. operand, sums: x rounded and its sums [D], if asked for."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    operand: Operand | None
+    sums: Tensor | None
+
+
+def norm_backward(
+    gradient: Tensor,
+    above: Tensor,
+    normed: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    *,
+    rms: bool,
+    bias: bool,
+    site: Site | None = None,
+    sums: bool = False,
+) -> NormGradients:
+    """Through a norm and the addition around it.
+
+    Args:
+        gradient: [P, D] of the norm. above: [T, D] of what else was made of x. normed: (x, means, factors).
+        site: where the result is rounded, if it is.
+    """
+    x, means, factors = normed
+    count, width = x.shape
+    rows, below = padded(count), torch.empty_like(x)
+    along, level = (torch.empty_like(means) for _ in range(2))
+    slopes_kernel[(count,)](
+        x, gradient, weight, means, factors, along, level, RMS=rms, WIDTH=width, **_whole_row(width)
+    )
+    grid = _grid("norm_backward", rows, width)
+    of_weight, of_bias, parts = (_room(needed, grid[0], width, x) for needed in (True, bias, sums))
+
+    def launch(plain: Tensor, turned: Tensor, scale: Tensor, largest: Tensor, pack: int) -> None:
+        norm_backward_kernel[grid](
+            x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
+            of_weight, of_bias, parts, count, rows, width,
+            BIAS=bias, CAST=site is not None, SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["norm_backward"],
+        )  # fmt: skip
+
+    operand = None
+    if site is not None:
+        operand = site.rounded(rows, width, x, launch)
+    else:
+        launch(below, below, below, below, 4)
+    return NormGradients(
+        below, of_weight.sum(0), of_bias.sum(0) if bias else None, operand, parts.sum(0) if sums else None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a projection becomes queries and keys. scales: of the QK norm, [H, Dh] each. table: of the rotation."""
+
+    heads: int
+    width: int
+    scales: tuple[Tensor, Tensor] | None
+    table: Tensor | None
+
+    def options(self) -> dict[str, int | bool]:
+        return {"ROTARY": self.table is not None, "HEADS": self.heads, "WIDTH": self.width}
+
+    @property
+    def half(self) -> int:
+        """Pairs of a head, as many as a program has lanes for."""
+        count: int = triton.next_power_of_2(self.width) // 2
+        return count
+
+
+def split_heads(qkv: Tensor, count: int, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Queries and keys [T, H, Dh], normed and rotated, from qkv [P, 3 H Dh]."""
+    query, key = (qkv.new_empty(count, heads.heads, heads.width) for _ in range(2))
+    heads_kernel[(_programs("heads", count), 2)](
+        qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table, query, key,
+        count, math.sqrt(heads.width), NORM=heads.scales is not None, HALF=heads.half,
+        **heads.options(), **TILES["heads"],
+    )  # fmt: skip
+    return query, key
+
+
+def split_heads_backward(
+    gradients: tuple[Tensor, Tensor, Tensor], qkv: Tensor, heads: Heads, site: Site, *, sums: bool
+) -> tuple[Operand, tuple[Tensor, Tensor] | None, Tensor | None]:
+    """The gradient of qkv, rounded; those of the QK norm's scales; and its sums.
+
+    Args:
+        gradients: of queries, keys and values, [T, H, Dh] each. qkv: not read without a QK norm.
+    """
+    count, wide = gradients[0].shape[0], heads.heads * heads.width
+    rows, root = padded(count), math.sqrt(heads.width)
+    scales, normed = heads.scales or (qkv, qkv), heads.scales is not None
+    table = qkv if heads.table is None else heads.table
+    inverses, dots = (_room(normed, count, 2 * heads.heads, qkv) for _ in range(2))
+    if normed:
+        head_slopes_kernel[(_programs("head_slopes", count), 2)](
+            *gradients[:2], qkv, *scales, table, inverses, dots, count, root, HALF=heads.half,
+            **heads.options(), **TILES["head_slopes"],
+        )  # fmt: skip
+    programs, tiles = _grid("heads_backward", rows, wide)
+    of_scales = _room(normed, programs, 2 * wide, qkv)
+    parts = _room(sums, programs, 3 * wide, qkv)
+    operand = site.rounded(
+        rows,
+        3 * wide,
+        qkv,
+        lambda plain, turned, scale, largest, pack: heads_backward_kernel[(programs, 3 * tiles)](
+            *gradients, qkv, *scales, table, inverses, dots, plain, turned, scale, largest, of_scales, parts,
+            count, rows, root, NORM=normed, SUMS=sums, PACK=pack, FAST=qkv.is_cuda, **heads.options(), **TILES["heads_backward"],
+        ),
+    )  # fmt: skip
+    for_scales = None
+    if normed:
+        first, second = of_scales.sum(0).view(2, heads.heads, heads.width).unbind()
+        for_scales = first, second
+    return operand, for_scales, parts.sum(0) if sums else None
+
+
+def _whole_row(width: int) -> dict[str, int]:
+    """A program for each row."""
+    return {"BLOCK": triton.next_power_of_2(width), "num_warps": 4}
+
+
+def _programs(kernel: str, rows: int) -> int:
+    count: int = triton.cdiv(rows, TILES[kernel]["ROWS"])
+    return count
+
+
+def _grid(kernel: str, rows: int, columns: int) -> tuple[int, int]:
+    return _programs(kernel, rows), triton.cdiv(columns, TILES[kernel]["COLUMNS"])
+
+
+def _room(needed: bool, rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns] where programs leave numbers; never read where none are needed."""
+    return like.new_empty(rows if needed else 1, columns, dtype=torch.float32)
