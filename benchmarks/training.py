@@ -36,9 +36,10 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.training_parts.measure import GOAL, groups_of, has_bfloat16, measure
-from benchmarks.training_parts.subjects import FP8, EngineName, Precision, Setting, Specs, megatron_process
+from benchmarks.training_parts.subjects import EngineName, Precision, Setting, Specs, megatron_process
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
+from tokenizer.fp8 import FP8Config
 from tokenizer.fp8.choose import choose_backend
 from tokenizer.megatron.engine import load_megatron
 from tokenizer.model.attention import attention_backend
@@ -69,14 +70,15 @@ def _run(report: Record, options: argparse.Namespace, device: torch.device, cons
     precision: Precision = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
     _check(options, precision, device)
     engines, specs = _engines(options.engines, device, console)
-    fp8 = _with_fp8(engines, specs, report, device, console) if options.fp8 else []
+    choices = FP8Config(fp8_recipe=options.fp8_recipe, backend=options.fp8_backend)
+    fp8 = _with_fp8(engines, specs, choices, report, device, console) if options.fp8 else []
     kind = torch.float32 if precision == "fp32" else torch.bfloat16
     report |= {"task": options.task, "attention": attention_backend(device, kind), "megatron layers": specs}
     report |= {"compiled": options.compile, "steps": options.steps, "records": []}
     for model in options.model or MODELS[device.type]:
         sizes = _sizes(model, options.depth, console)
         tokens = options.tokens or TOKENS[device.type].get(model, OTHER_TOKENS[device.type])
-        setting = Setting(sizes, options.task, tokens, options.micro_batches, device, options.compile)
+        setting = Setting(sizes, options.task, tokens, options.micro_batches, device, options.compile, choices)
         megatron: AbstractContextManager[None] = nullcontext()
         if "megatron" in engines:
             megatron = megatron_process(setting, specs)
@@ -150,7 +152,12 @@ def _engines(wanted: Sequence[EngineName], device: torch.device, console: Consol
 
 
 def _with_fp8(
-    engines: Sequence[EngineName], specs: Specs, report: Record, device: torch.device, console: Console
+    engines: Sequence[EngineName],
+    specs: Specs,
+    fp8: FP8Config,
+    report: Record,
+    device: torch.device,
+    console: Console,
 ) -> list[EngineName]:
     """The engines that compute in FP8 here.
 
@@ -159,7 +166,7 @@ def _with_fp8(
     """
     able: list[EngineName] = []
     if "native" in engines:
-        report["native FP8"] = choose_backend(FP8, device)
+        report["native FP8"] = f"{choose_backend(fp8, device)}, {fp8.fp8_recipe}"
         able.append("native")
     if "megatron" in engines and specs == "transformer_engine":
         able.append("megatron")
@@ -184,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="fp32 on a CPU, bf16 on CUDA")
     parser.add_argument("--engines", nargs="+", default=["native", "megatron"], choices=("native", "megatron"))
     parser.add_argument("--fp8", action="store_true", help="on CUDA: FP8 beside bf16")
+    parser.add_argument("--fp8-recipe", default="tensorwise", choices=("tensorwise", "delayed"))
+    parser.add_argument("--fp8-backend", default="auto", choices=("auto", "transformer_engine", "torchao", "triton"))
     parser.add_argument("--compile", action="store_true", help="the native engine's blocks; torchao is slow without")
     parser.add_argument("--task", default=IMAGE_RECONSTRUCTION, choices=TASKS)
     parser.add_argument("--depth", type=int, help="blocks of encoder and decoder, where the whole model is too slow")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -37,16 +37,13 @@ EngineName = Literal["native", "megatron"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Specs = Literal["local", "transformer_engine"]
 
-FP8 = FP8Config()
-"""Tensorwise scaling, hybrid formats: what every backend has."""
-
 
 @dataclass(frozen=True)
 class Setting:
     """What all engines step on.
 
     sizes: of the model. task: of the batches. tokens: budget of a micro-batch. micro_batches: of a step.
-    compile: the blocks of the native engine.
+    compile: the blocks of the native engine. fp8: what "fp8" means.
     """
 
     sizes: ATokenConfig
@@ -55,6 +52,7 @@ class Setting:
     micro_batches: int
     device: torch.device
     compile: bool = False
+    fp8: FP8Config = field(default_factory=FP8Config)
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def run_config(setting: Setting, precision: Precision, specs: Specs) -> RunConfi
         loss=LossWeights(lpips=0.0, gram=0.0, clip=0.0),
         gaussians=gaussian_sizes(setting.sizes) if setting.task == ASSET_RECONSTRUCTION else None,
         precision="fp32" if precision == "fp32" else "bf16",
-        fp8=FP8 if precision == "fp8" else None,
+        fp8=setting.fp8 if precision == "fp8" else None,
         megatron={"transformer_impl": specs},
     )
 

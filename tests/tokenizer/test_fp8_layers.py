@@ -105,8 +105,11 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
         (FP8Config(), CUDA, ("torchao",), (9, 0), "torchao"),
         (FP8Config(backend="torchao"), CUDA, ("transformer_engine", "torchao"), (9, 0), "torchao"),
         (FP8Config(backend="emulated"), CUDA, ("torchao",), (8, 0), "emulated"),
-        (DELAYED, CUDA, ("torchao",), (9, 0), "torchao has no delayed scaling"),
-        (FP8Config(), CUDA, (), (9, 0), "pip install torchao"),
+        (DELAYED, CUDA, ("torchao", "triton"), (9, 0), "triton"),
+        (FP8Config(), CUDA, ("triton",), (9, 0), "triton"),
+        (FP8Config(backend="triton"), CUDA, ("torchao", "triton"), (9, 0), "triton"),
+        (FP8Config(), CUDA, (), (9, 0), "pip install triton"),
+        (DELAYED, CUDA, ("torchao",), (9, 0), "pip install triton"),
         (FP8Config(), CUDA, ("torchao",), (8, 0), "compute capability is 8.0, and 8.9 is the first"),
         (FP8Config(backend="torchao"), CUDA, (), (9, 0), "torchao is not installed"),
         (FP8Config(backend="transformer_engine"), CPU, ("transformer_engine",), (9, 0), "needs CUDA"),
@@ -141,7 +144,7 @@ def test_impossible_options_are_refused() -> None:
 
 
 class EngineLinear(nn.Linear):
-    """What Transformer Engine's layer is to us: a linear layer with a state of its own in state dicts."""
+    """What Transformer Engine's layer is to us: a linear layer with scales that start with its first call."""
 
     active = False
 
@@ -150,19 +153,28 @@ class EngineLinear(nn.Linear):
     ) -> None:
         super().__init__(inputs, outputs, bias=bias, dtype=params_dtype, device=device)
         init_method(self.weight)
-        self.scales = torch.zeros(2)
+        self.fp8_meta: dict[str, Any] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         assert EngineLinear.active
         assert x.shape[0] % 16 == 0
-        self.scales += 1
+        if not self.fp8_meta:
+            self.init_fp8_meta_tensors(None)
+        self.fp8_meta["scaling_fwd"][0] += 1
         return super().forward(x)
 
-    def get_extra_state(self) -> Tensor:
-        return self.scales.clone()
+    def init_fp8_meta_tensors(self, recipe: Any) -> None:  # noqa: ARG002
+        self.fp8_meta["scaling_fwd"] = [torch.zeros(2), torch.zeros(4, 2)]
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.scales = state.clone()
+    def get_fp8_meta_tensors(self) -> dict[str, list[Tensor]] | None:
+        found = self.fp8_meta.get("scaling_fwd")
+        return None if found is None else {"scaling_fwd": [tensor.clone() for tensor in found]}
+
+    def reset_fp8_meta_tensors(self, state: dict[str, list[Tensor]]) -> None:
+        self.fp8_meta["scaling_fwd"] = state["scaling_fwd"]
+
+    def get_extra_state(self) -> Tensor:
+        raise AssertionError("this would be a pickle in the state dict")
 
 
 @pytest.fixture
@@ -203,11 +215,15 @@ def test_transformer_engine_runs_inside_its_mode_with_padded_rows(stand_in: Simp
     assert stand_in.asked[0]["amax_history_len"] == 4
     state = conversion.state_dict()
     assert set(state) == set(conversion.layers)
-    assert all(torch.equal(scales, torch.ones(2)) for scales in state.values())
+    assert all(torch.equal(layer["scaling_fwd"][0], torch.ones(2)) for layer in state.values())
     another = convert(tiny_network(), DELAYED, CPU)
+    assert not any(another.state_dict().values())
+    another.load_state_dict(another.state_dict())
     another.load_state_dict(state)
     assert another.state_dict().keys() == state.keys()
-    assert all(torch.equal(scales, torch.ones(2)) for scales in another.state_dict().values())
+    assert all(torch.equal(layer["scaling_fwd"][0], torch.ones(2)) for layer in another.state_dict().values())
+    with pytest.raises(InputError, match="do not fit"):
+        another.load_state_dict({name: {"scaling_fwd": [torch.ones(2), torch.ones(9, 2)]} for name in state})
     # A call that fails leaves the mode too.
     with pytest.raises(AttributeError):
         network.encoder.transformer(torch.ones(3, 5), None)

@@ -55,12 +55,12 @@ def engine_layers(model: nn.Module, names: Iterable[str], stacks: Iterable[nn.Mo
         InputError: Transformer Engine is broken.
     """
     engine = _imported("transformer_engine.pytorch", "transformer_engine", "torchao")
-    kind = _engine_linear(engine)
+    recipe = fp8_recipe(config.megatron())
+    kind = _engine_linear(engine, recipe)
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         model.set_submodule(name, kind(linear))
-    recipe = fp8_recipe(config.megatron())
     for stack in stacks:
         _run_inside(stack, lambda: _fp8_mode(engine, recipe))
 
@@ -83,8 +83,8 @@ def fused_blocks(model: nn.Module, names: Sequence[str], config: FP8Config, devi
         if any(inside) and not all(inside):
             left = f"{name}.{BLOCK_LAYERS[inside.index(False)]}"
             raise InputError(
-                f"fp8.backend triton fuses whole blocks, but {left} stays bfloat16 and others of its block do not; keep "
-                f"'{name}.*' or set fp8.backend=torchao"
+                f"fp8.backend triton fuses whole blocks, but {left} stays bfloat16 and other layers of its block do "
+                f"not; keep '{name}.*' or set fp8.backend=torchao"
             )
         if all(inside):
             whole.append(name)
@@ -102,7 +102,7 @@ class EngineLayer(Protocol):
     def load_fp8_state(self, state: Any) -> None: ...
 
 
-def _engine_linear(engine: Any) -> Callable[[nn.Linear], nn.Module]:
+def _engine_linear(engine: Any, recipe: Any) -> Callable[[nn.Linear], nn.Module]:
     """Transformer Engine's layer with padded rows and an unchanged state dict."""
 
     class EngineLinear(engine.Linear):  # type: ignore[misc]
@@ -123,16 +123,29 @@ def _engine_linear(engine: Any) -> Callable[[nn.Linear], nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             return in_padded_rows(super().forward, x)
 
-        # Transformer Engine adds `_extra_state` to state dicts. With torch's own methods nn.Module leaves it out, and
-        # the two below carry it.
+        # Transformer Engine adds `_extra_state` to state dicts, pickled. With torch's own methods nn.Module leaves it
+        # out, and the two below carry it as tensors.
         get_extra_state = nn.Module.get_extra_state
         set_extra_state = nn.Module.set_extra_state
 
         def fp8_state(self) -> Any:
-            return engine.Linear.get_extra_state(self)
+            found = self.get_fp8_meta_tensors() or {}
+            return {key: [tensor.cpu() for tensor in tensors] for key, tensors in found.items()}
 
+        @torch.no_grad()
         def load_fp8_state(self, state: Any) -> None:
-            engine.Linear.set_extra_state(self, state)
+            if not state:  # of a layer that had not been called yet
+                return
+            self.fp8_meta.update(num_gemms=1, recipe=recipe)
+            self.init_fp8_meta_tensors(recipe)
+            own = self.get_fp8_meta_tensors()
+            fits = isinstance(state, dict) and own.keys() == state.keys()
+            if not fits or any([x.shape for x in state[key]] != [x.shape for x in own[key]] for key in own):
+                raise InputError(
+                    "the FP8 histories of the checkpoint do not fit; choose its fp8.backend and fp8_amax_history_len"
+                )
+            device = self.weight.device
+            self.reset_fp8_meta_tensors({key: [x.to(device) for x in tensors] for key, tensors in state.items()})
 
     return EngineLinear
 

@@ -45,16 +45,14 @@ def choose_backend(config: FP8Config, device: torch.device) -> Backend:
         return config.backend
     if _installed("transformer_engine"):
         return "transformer_engine"
-    if not _installed("torchao"):
+    if config.fp8_recipe == "tensorwise" and _installed("torchao"):
+        return "torchao"
+    if not _installed("triton"):
         raise InputError(
-            f"FP8 on CUDA needs Transformer Engine or torchao: {_INSTALL['torchao']}; or fp8.backend=emulated (slow)"
+            f"FP8 on CUDA needs Transformer Engine, torchao or Triton: {_INSTALL['triton']}; or fp8.backend=emulated "
+            "(slow)"
         )
-    if config.fp8_recipe == "delayed":
-        raise InputError(
-            "torchao has no delayed scaling and Transformer Engine is not installed; use fp8_recipe tensorwise or "
-            f"{_INSTALL['transformer_engine']}"
-        )
-    return "torchao"
+    return "triton"
 
 
 def _installed(backend: Backend) -> bool:

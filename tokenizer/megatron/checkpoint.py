@@ -12,6 +12,8 @@ import json
 import os
 import queue
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ STATE_FILE = "state.json"
 _PREFIX = "model."
 _BY_WEIGHT = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The one form of distributed optimizer state that any layout can read."""
+_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def save_checkpoint(
@@ -81,16 +84,39 @@ def load_checkpoint(folder: str | os.PathLike[str], model: Any, optimizer: Any =
     kept = read_mapping(source / STATE_FILE)
     _check_network(kept["network"], bare.network_config, source)
     prepared(optimizer)
-    loaded = dist_checkpointing.load(_sharded(bare, optimizer, loading=True), str(source))
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in loaded["model"].items()}
+    wanted = _sharded(bare, optimizer, loading=True)
     # Layers of Transformer Engine have extra state that local ones never wrote; they start it anew.
-    missing, _ = bare.load_state_dict(weights, strict=False)
+    known = dist_checkpointing.load_sharded_metadata(str(source)).keys()
+    wanted["model"] = {
+        name: part
+        for name, part in wanted["model"].items()
+        if not name.endswith("_extra_state") or getattr(part, "unique_key", name) in known
+    }
+    loaded = dist_checkpointing.load(wanted, str(source))
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in loaded["model"].items()}
+    with _own_extra_state():
+        missing, _ = bare.load_state_dict(weights, strict=False)
     assert all(name.endswith("_extra_state") for name in missing), missing
     if optimizer is not None:
         with repaired(optimizer):
             optimizer.load_state_dict(loaded["optimizer"])
     state: dict[str, Any] = kept["state"]
     return state
+
+
+@contextmanager
+def _own_extra_state() -> Iterator[None]:
+    """Transformer Engine keeps histories of the delayed recipe pickled, and refuses to load them unless told that their
+    source is trusted. This one is: Megatron has unpickled other parts of the same checkpoint by now."""
+    before = os.environ.get(_TRUST)
+    os.environ[_TRUST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_TRUST]
+        else:
+            os.environ[_TRUST] = before
 
 
 def _queue_in_this_process() -> None:

@@ -62,6 +62,8 @@ def _require_engine() -> None:
         raise InputError("this process has loaded Megatron without Transformer Engine; start another one for FP8")
     require_package(_ENGINE, "transformer_impl 'transformer_engine'")
     try:
+        # Its libraries of CUDA are found where torch has put them, once torch is loaded.
+        importlib.import_module("torch")
         importlib.import_module(f"{_ENGINE}.pytorch")
     except Exception as error:  # a broken build fails with anything from OSError to AssertionError
         raise InputError(

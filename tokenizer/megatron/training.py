@@ -212,6 +212,8 @@ class MegatronEngine:
 
     @torch.no_grad()
     def infer(self, tokens: SparseTokens, task: str) -> Outputs:
+        # Transformer Engine would use what it rounded of the weights before the last update.
+        self.model.set_is_first_microbatch()
         if self.stages == 1:
             outputs: Outputs = self.wrapped(tokens, task)
             return outputs

@@ -58,11 +58,10 @@ class FusedBlock(Block):
             remember = torch.is_grad_enabled()
             weights = self.weights(remember)
             heads = self._heads(rotary)
-            start = _Start.apply(  # type: ignore[no-untyped-call]
-                x.bfloat16(), self, weights[_QKV], heads, remember, *_parameters(self.attention_norm, self.attention.qkv),
-                *(heads.scales or (None, None)),
+            query, key, value, stream = _Start.apply(  # type: ignore[no-untyped-call]
+                x.bfloat16(), self, weights[_QKV], heads, remember,
+                *_parameters(self.attention_norm, self.attention.qkv), *(heads.scales or (None, None)),
             )  # fmt: skip
-            query, key, value, stream = start
             attended = attend(query, key, value, plan.segments)
             result: Tensor = _Rest.apply(  # type: ignore[no-untyped-call]
                 attended.flatten(1), stream, self, weights, remember,
@@ -83,7 +82,7 @@ class FusedBlock(Block):
         scale = scale_for(largest, E4M3)
         inverse = aligned_zeros(len(layers), scale.device).copy_(scale.reciprocal())
         rounded = [
-            Operand(*launch.cast_weight(weight.detach(), scale[number], E4M3), inverse[number])
+            Operand(*launch.cast_weight(weight.detach(), scale[number], E4M3, self.scales.ignored), inverse[number])
             for number, weight in enumerate(layers)
         ]
         self._rounded = (self.scales.step, rounded) if remember else None

@@ -81,7 +81,11 @@ def cast_kernel(
         if SUMS:
             total += value
         number = scaled(value, times)
-        tl.store(plain + rows[:, None].to(tl.int64) * width + columns[None, :], number.to(plain.dtype.element_ty), mask=(rows[:, None] < padded) & exists)
+        tl.store(
+            plain + rows[:, None].to(tl.int64) * width + columns[None, :],
+            number.to(plain.dtype.element_ty),
+            mask=(rows[:, None] < padded) & exists,
+        )
         packed = pack(packed, last, number, plain, part, PACK, FAST)
         last = number
     store_turned(packed, turned, row, columns, padded, width, PACK)
@@ -94,7 +98,9 @@ def cast_kernel(
 def tanh(x, FAST: tl.constexpr):
     """FAST is the hardware's, exact to 2^-11; the interpreter has none."""
     if FAST:
-        level = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        level = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
         level = 2.0 * tl.sigmoid(2.0 * x) - 1.0
     return level

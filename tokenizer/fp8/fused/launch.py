@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tokenizer.fp8.fused.calls import call
 from tokenizer.fp8.fused.heads import head_slopes_kernel, heads_backward_kernel, heads_kernel
 from tokenizer.fp8.fused.kernels import cast_kernel, gelu_backward_kernel, gelu_kernel
 from tokenizer.fp8.fused.norms import norm_backward_kernel, norm_kernel, slopes_kernel, statistics_kernel
@@ -86,21 +87,20 @@ def cast(x: Tensor, site: Site, *, sums: bool = False) -> tuple[Operand, Tensor 
         rows,
         width,
         x,
-        lambda plain, turned, scale, largest, pack: cast_kernel[grid](
-            x, x.stride(0), plain, turned, scale, largest, parts, count, rows, width,
+        lambda plain, turned, scale, largest, pack: call(
+            cast_kernel, grid, x, x.stride(0), plain, turned, scale, largest, parts, count, rows, width,
             SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["cast"],
         ),
     )  # fmt: skip
     return operand, parts.sum(0) if sums else None
 
 
-def cast_weight(weight: Tensor, scale: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A weight [O, I] rounded by a known scale, both ways. O is a multiple of 16."""
+def cast_weight(weight: Tensor, scale: Tensor, kind: torch.dtype, ignored: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [O, I] rounded by a known scale, both ways. O is a multiple of 16; `ignored` is a scalar to write to."""
     rows, width = weight.shape
     plain, turned, packed = _both_ways(rows, width, kind, weight)
-    unused = torch.zeros_like(scale)
-    cast_kernel[_grid("cast", rows, width)](
-        weight, weight.stride(0), plain, packed, scale, unused, unused, rows, rows, width,
+    call(
+            cast_kernel, _grid("cast", rows, width), weight, weight.stride(0), plain, packed, scale, ignored, ignored, rows, rows, width,
         SUMS=False, PACK=4 // plain.itemsize, FAST=weight.is_cuda, **TILES["cast"],
     )  # fmt: skip
     return plain, turned
@@ -113,8 +113,20 @@ def gelu(x: Tensor, count: int, site: Site) -> Operand:
         rows,
         width,
         x,
-        lambda plain, turned, scale, largest, pack: gelu_kernel[_grid("gelu", rows, width)](
-            x, plain, turned, scale, largest, count, rows, width, PACK=pack, FAST=x.is_cuda, **TILES["gelu"]
+        lambda plain, turned, scale, largest, pack: call(
+            gelu_kernel,
+            _grid("gelu", rows, width),
+            x,
+            plain,
+            turned,
+            scale,
+            largest,
+            count,
+            rows,
+            width,
+            PACK=pack,
+            FAST=x.is_cuda,
+            **TILES["gelu"],
         ),
     )
 
@@ -128,8 +140,8 @@ def gelu_backward(gradient: Tensor, x: Tensor, count: int, site: Site, *, sums: 
         rows,
         width,
         x,
-        lambda plain, turned, scale, largest, pack: gelu_backward_kernel[grid](
-            gradient, x, plain, turned, scale, largest, parts, count, rows, width,
+        lambda plain, turned, scale, largest, pack: call(
+            gelu_backward_kernel, grid, gradient, x, plain, turned, scale, largest, parts, count, rows, width,
             SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["gelu_backward"],
         ),
     )  # fmt: skip
@@ -152,16 +164,16 @@ def norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, 
     rows = padded(count)
     means, factors = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     added = x if update is None else torch.empty_like(x)
-    statistics_kernel[(rows,)](
-        x, x if update is None else update, added, means, factors, count, rows, NORM_EPS,
+    call(
+        statistics_kernel, (rows,), x, x if update is None else update, added, means, factors, count, rows, NORM_EPS,
         ADD=update is not None, RMS=rms, WIDTH=width, **_whole_row(width),
     )  # fmt: skip
     operand = site.rounded(
         rows,
         width,
         x,
-        lambda plain, turned, scale, largest, pack: norm_kernel[_grid("norm", rows, width)](
-            added, weight, weight if bias is None else bias, means, factors, plain, turned, scale, largest,
+        lambda plain, turned, scale, largest, pack: call(
+            norm_kernel, _grid("norm", rows, width), added, weight, weight if bias is None else bias, means, factors, plain, turned, scale, largest,
             count, rows, width, BIAS=bias is not None, PACK=pack, FAST=x.is_cuda, **TILES["norm"],
         ),
     )  # fmt: skip
@@ -200,15 +212,26 @@ def norm_backward(
     count, width = x.shape
     rows, below = padded(count), torch.empty_like(x)
     along, level = (torch.empty_like(means) for _ in range(2))
-    slopes_kernel[(count,)](
-        x, gradient, weight, means, factors, along, level, RMS=rms, WIDTH=width, **_whole_row(width)
+    call(
+        slopes_kernel,
+        (count,),
+        x,
+        gradient,
+        weight,
+        means,
+        factors,
+        along,
+        level,
+        RMS=rms,
+        WIDTH=width,
+        **_whole_row(width),
     )
     grid = _grid("norm_backward", rows, width)
     of_weight, of_bias, parts = (_room(needed, grid[0], width, x) for needed in (True, bias, sums))
 
     def launch(plain: Tensor, turned: Tensor, scale: Tensor, largest: Tensor, pack: int) -> None:
-        norm_backward_kernel[grid](
-            x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
+        call(
+            norm_backward_kernel, grid, x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
             of_weight, of_bias, parts, count, rows, width,
             BIAS=bias, CAST=site is not None, SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["norm_backward"],
         )  # fmt: skip
@@ -245,8 +268,8 @@ class Heads:
 def split_heads(qkv: Tensor, count: int, heads: Heads) -> tuple[Tensor, Tensor]:
     """Queries and keys [T, H, Dh], normed and rotated, from qkv [P, 3 H Dh]."""
     query, key = (qkv.new_empty(count, heads.heads, heads.width) for _ in range(2))
-    heads_kernel[(_programs("heads", count), 2)](
-        qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table, query, key,
+    call(
+            heads_kernel, (_programs("heads", count), 2), qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table, query, key,
         count, math.sqrt(heads.width), NORM=heads.scales is not None, HALF=heads.half,
         **heads.options(), **TILES["heads"],
     )  # fmt: skip
@@ -267,8 +290,8 @@ def split_heads_backward(
     table = qkv if heads.table is None else heads.table
     inverses, dots = (_room(normed, count, 2 * heads.heads, qkv) for _ in range(2))
     if normed:
-        head_slopes_kernel[(_programs("head_slopes", count), 2)](
-            *gradients[:2], qkv, *scales, table, inverses, dots, count, root, HALF=heads.half,
+        call(
+            head_slopes_kernel, (_programs("head_slopes", count), 2), *gradients[:2], qkv, *scales, table, inverses, dots, count, root, HALF=heads.half,
             **heads.options(), **TILES["head_slopes"],
         )  # fmt: skip
     programs, tiles = _grid("heads_backward", rows, wide)
@@ -278,8 +301,8 @@ def split_heads_backward(
         rows,
         3 * wide,
         qkv,
-        lambda plain, turned, scale, largest, pack: heads_backward_kernel[(programs, 3 * tiles)](
-            *gradients, qkv, *scales, table, inverses, dots, plain, turned, scale, largest, of_scales, parts,
+        lambda plain, turned, scale, largest, pack: call(
+            heads_backward_kernel, (programs, 3 * tiles), *gradients, qkv, *scales, table, inverses, dots, plain, turned, scale, largest, of_scales, parts,
             count, rows, root, NORM=normed, SUMS=sums, PACK=pack, FAST=qkv.is_cuda, **heads.options(), **TILES["heads_backward"],
         ),
     )  # fmt: skip

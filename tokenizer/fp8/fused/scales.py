@@ -39,6 +39,7 @@ class Scales:
         kinds: the FP8 type of each tensor.
         history: [tensors, length] float32, the largest magnitude of each step, newest first; zeros are unknown.
         step: another number whenever weights may have changed.
+        ignored: a scalar for magnitudes that nobody asks for.
     """
 
     def __init__(self, config: FP8Config, blocks: Sequence[str], device: torch.device) -> None:
@@ -55,6 +56,7 @@ class Scales:
         # Single numbers are passed to kernels many times a step; they are views of the tensors above.
         self._numbers = [tensor.unbind() for tensor in (self._newest, self._scale, self._inverse)]
         self._known = [False] * len(self.kinds)
+        self.ignored = torch.zeros((), device=device)
 
     def rounded(self, number: int, launch: Launch, *, remember: bool) -> Tensor:
         """Round tensor `number` by calling `launch`, once or twice.
@@ -68,12 +70,12 @@ class Scales:
         newest, scale, inverse = (numbers[number] for numbers in self._numbers)
         delayed = self.config.fp8_recipe == "delayed"
         if delayed and self._known[number]:
-            launch(scale, newest if remember else torch.zeros_like(newest))
+            launch(scale, newest if remember else self.ignored)
             return inverse
         largest = torch.zeros_like(newest)
         launch(torch.ones_like(scale), largest)
         own = _scale(largest, self._limits[number], 0)
-        launch(own, torch.zeros_like(newest))
+        launch(own, self.ignored)
         if remember:
             torch.maximum(newest, largest, out=newest)
         if not (delayed and remember):

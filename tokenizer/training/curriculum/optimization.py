@@ -143,17 +143,29 @@ def gradient_norms(
     Args:
         shared: each process holds a part of every gradient; otherwise each holds all of it.
     """
+    held = [(name, parameter) for name, parameter in named if parameter.grad is not None]
+    norms = torch._foreach_norm([local(parameter.grad) for _, parameter in held])
     found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
-    for name, parameter in named:
-        if parameter.grad is not None:
-            norm = torch.linalg.vector_norm(local(parameter.grad)).double().square()
-            # What every process holds whole is counted by all of them.
-            found[part_of(name)].append(norm / processes.world if shared and not is_shared(parameter) else norm)
-    sums = [float(torch.stack(norms).sum()) if norms else 0.0 for norms in found.values()]
+    counts: dict[str, list[int]] = {part: [] for part in PARTS}
+    for (name, parameter), norm in zip(held, norms, strict=True):
+        found[part_of(name)].append(norm)
+        # What every process holds whole is counted by all of them.
+        counts[part_of(name)].append(processes.world if shared and not is_shared(parameter) else 1)
+    sums = [_sum_of_squares(found[part], counts[part]) for part in PARTS]
     if shared:
         sums = processes.sum(sums)
     result = {part: math.sqrt(value) for part, value in zip(PARTS, sums, strict=True)}
     return {"total": math.sqrt(sum(sums)), **result}
+
+
+def _sum_of_squares(norms: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """Of norms that are counted so many times each; 0 without any."""
+    if not norms:
+        return 0.0
+    squares = torch.stack(list(norms)).double().square()
+    if max(counts) > 1:
+        squares = squares / torch.tensor(counts, dtype=torch.float64, device=squares.device)
+    return float(squares.sum())
 
 
 @torch.no_grad()
