@@ -20,7 +20,6 @@ averages and activations; "speed" compares with the first engine of those that t
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe
-from benchmarks.training_parts.measure import GOAL, groups_of, has_bfloat16, measure
+from benchmarks.training_parts.measure import GOAL, forget_models, groups_of, has_bfloat16, measure, measure_apart
 from benchmarks.training_parts.subjects import EngineName, Precision, Setting, Specs, megatron_process
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
@@ -84,25 +83,18 @@ def _run(report: Record, options: argparse.Namespace, device: torch.device, cons
             megatron = megatron_process(setting, specs)
         with megatron:
             for number, group in enumerate(groups_of(engines, precision, fp8=fp8)):
-                found = measure(group, setting, options.steps, specs)
+                found = (measure_apart if options.apart else measure)(group, setting, options.steps, specs)
                 known = {"model": model, "depth": sizes.encoder.depth, "group": number}
                 report["records"] += [{**known, "micro-batches": options.micro_batches, **record} for record in found]
                 # A group that fails later takes nothing of this with it.
                 _write(report, options.out)
-                _forget_models(device)
+                forget_models(device)
     for table in _tables(report):
         console.print(table)
     for line in _remarks(report["records"]):
         console.print(line)
     if options.out:
         console.print(f"wrote {options.out}")
-
-
-def _forget_models(device: torch.device) -> None:
-    """Engines hold themselves by their hooks; the next group needs their memory, in one piece."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _check(options: argparse.Namespace, precision: Precision, device: torch.device) -> None:
@@ -194,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp8-recipe", default="tensorwise", choices=("tensorwise", "delayed"))
     parser.add_argument("--fp8-backend", default="auto", choices=("auto", "transformer_engine", "torchao", "triton"))
     parser.add_argument("--compile", action="store_true", help="the native engine's blocks; torchao is slow without")
+    parser.add_argument("--apart", action="store_true", help="one model after the other, where a GPU cannot hold two")
     parser.add_argument("--task", default=IMAGE_RECONSTRUCTION, choices=TASKS)
     parser.add_argument("--depth", type=int, help="blocks of encoder and decoder, where the whole model is too slow")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")

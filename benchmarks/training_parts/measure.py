@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,23 @@ def groups_of(engines: Sequence[EngineName], precision: Precision, *, fp8: Seque
     return groups
 
 
+def measure_apart(pairs: Sequence[Pair], setting: Setting, steps: int, specs: Specs = "local") -> list[Record]:
+    """As `measure`, one model after the other, for a GPU that cannot hold two; each takes turns with the products."""
+    records = []
+    for pair in pairs:
+        records += measure([pair], setting, steps, specs)
+        forget_models(setting.device)
+        records[-1]["beside the first"] = records[0]["seconds"] / records[-1]["seconds"]
+    return records
+
+
+def forget_models(device: torch.device) -> None:
+    """Engines hold themselves by their hooks; the next group needs their memory, in one piece."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure(pairs: Sequence[Pair], setting: Setting, steps: int, specs: Specs = "local") -> list[Record]:
     """Step all of a group in turns with as much work of matrix products; one record each, compared with the first.
 
@@ -48,7 +66,9 @@ def measure(pairs: Sequence[Pair], setting: Setting, steps: int, specs: Specs = 
         product_time, *_ = seconds_in_turns(calls, setting.device, steps)
     except torch.OutOfMemoryError:
         names = " and ".join(f"{engine} {precision}" for engine, precision in pairs)
-        raise InputError(f"{names} do not fit the memory of this GPU together; give fewer --tokens") from None
+        raise InputError(
+            f"{names} do not fit the memory of this GPU together; give fewer --tokens or --apart"
+        ) from None
     rate = product_work / product_time
     return [
         {

@@ -74,17 +74,18 @@ class FusedBlock(Block):
 
     @torch.no_grad()
     def weights(self, remember: bool) -> list[Operand]:
-        """The rounded weights of `BLOCK_LAYERS`. Training keeps them until the step is over; other calls round them anew."""
+        """The rounded weights of `BLOCK_LAYERS`. Training keeps them for a step; other calls round them anew."""
         if remember and self._rounded is not None and self._rounded[0] == self.scales.step:
             return self._rounded[1]
-        layers = [self.get_submodule(name).weight for name in BLOCK_LAYERS]
-        largest = torch.stack(torch._foreach_norm(layers, torch.inf)).float()
+        layers = [self.get_submodule(name) for name in BLOCK_LAYERS]
+        largest = torch.stack(torch._foreach_norm([layer.weight for layer in layers], torch.inf)).float()
         scale = scale_for(largest, E4M3)
         inverse = aligned_zeros(len(layers), scale.device).copy_(scale.reciprocal())
-        rounded = [
-            Operand(*launch.cast_weight(weight.detach(), scale[number], E4M3, self.scales.ignored), inverse[number])
-            for number, weight in enumerate(layers)
-        ]
+        rounded = []
+        for number, layer in enumerate(layers):
+            both = launch.cast_weight(layer.weight.detach(), scale[number], E4M3, self.scales.ignored)
+            bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+            rounded.append(Operand(*both, inverse[number], bias))
         self._rounded = (self.scales.step, rounded) if remember else None
         return rounded
 
@@ -120,7 +121,7 @@ class _Start(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         site = block.site(_QKV, remember=remember)
         normed = launch.norm(x, None, norm_weight, norm_bias, site, rms=isinstance(block.attention_norm, RMSNorm))
-        qkv = products.forward(normed.operand, weight, _half(bias))
+        qkv = products.forward(normed.operand, weight)
         query, key = launch.split_heads(qkv, len(x), heads)
         value = qkv.view(len(qkv), 3, heads.heads, heads.width)[: len(x), 2]
         ctx.save_for_backward(
@@ -183,7 +184,7 @@ class _Rest(torch.autograd.Function):
         _, out_bias, norm_weight, norm_bias, _, up_bias, _, down_bias = parameters
         assert norm_weight is not None
         heads, _ = launch.cast(attended, block.site(_OUT, remember=remember))
-        update = products.forward(heads, weights[_OUT], _half(out_bias))
+        update = products.forward(heads, weights[_OUT])
         normed = launch.norm(
             x,
             update,
@@ -192,9 +193,9 @@ class _Rest(torch.autograd.Function):
             block.site(_UP, remember=remember),
             rms=isinstance(block.mlp_norm, RMSNorm),
         )
-        hidden = products.forward(normed.operand, weights[_UP], _half(up_bias))
+        hidden = products.forward(normed.operand, weights[_UP])
         active = launch.gelu(hidden, len(x), block.site(_DOWN, remember=remember))
-        result = products.forward(active, weights[_DOWN], _half(down_bias))[: len(x)].add_(normed.x)
+        result = products.forward(active, weights[_DOWN])[: len(x)].add_(normed.x)
         ctx.save_for_backward(
             heads.turned, normed.x, normed.means, normed.factors, normed.operand.turned, hidden, active.turned,
             norm_weight, *(weights[layer].turned for layer in (_OUT, _UP, _DOWN)),
@@ -239,7 +240,3 @@ class _Rest(torch.autograd.Function):
             for_attended, below.x, None, None, None,
             for_out, below.sums, below.weight, below.bias, for_up, for_up_bias, for_down, for_down_bias,
         )  # fmt: skip
-
-
-def _half(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().bfloat16()

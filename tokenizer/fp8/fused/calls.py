@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 _ALIGNED = 16
-"""What Triton compiles other code for: addresses in bytes, and integers, that are multiples of it; and the integer 1."""
+"""What Triton compiles other code for: addresses in bytes and integers that are multiples of it, and the integer 1."""
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from tokenizer.fp8.fused.calls import call
-from tokenizer.fp8.fused.heads import head_slopes_kernel, heads_backward_kernel, heads_kernel
+from tokenizer.fp8.fused.heads import heads_backward_kernel, heads_kernel
 from tokenizer.fp8.fused.kernels import cast_kernel, gelu_backward_kernel, gelu_kernel
 from tokenizer.fp8.fused.norms import norm_backward_kernel, norm_kernel, slopes_kernel, statistics_kernel
 from tokenizer.fp8.fused.scales import Scales
@@ -30,8 +30,7 @@ TILES: dict[str, dict[str, int]] = {
     "norm": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
     "norm_backward": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
     "heads": {"ROWS": 16, "num_warps": 4},
-    "head_slopes": {"ROWS": 16, "num_warps": 4},
-    "heads_backward": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
+    "heads_backward": {"ROWS": 32, "num_warps": 4},
 }
 """Rows and columns of a program, and its warps: the fastest on an H100 at so400m's widths and 16,384 tokens."""
 
@@ -41,11 +40,15 @@ Launch = Callable[[Tensor, Tensor, Tensor, Tensor, int], object]
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor in FP8 both ways: `plain` [R, C] and `turned` [C, R]. It is either times `inverse`, a scalar."""
+    """A tensor in FP8 both ways: `plain` [R, C] and `turned` [C, R]. It is either times `inverse`, a scalar.
+
+    bias: of a weight, in bfloat16.
+    """
 
     plain: Tensor
     turned: Tensor
     inverse: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ def cast(x: Tensor, site: Site, *, sums: bool = False) -> tuple[Operand, Tensor 
         width,
         x,
         lambda plain, turned, scale, largest, pack: call(
-            cast_kernel, grid, x, x.stride(0), plain, turned, scale, largest, parts, count, rows, width,
+            cast_kernel, grid,
+            x, x.stride(0), plain, turned, scale, largest, parts, count, rows, width,
             SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["cast"],
         ),
     )  # fmt: skip
@@ -100,7 +104,8 @@ def cast_weight(weight: Tensor, scale: Tensor, kind: torch.dtype, ignored: Tenso
     rows, width = weight.shape
     plain, turned, packed = _both_ways(rows, width, kind, weight)
     call(
-            cast_kernel, _grid("cast", rows, width), weight, weight.stride(0), plain, packed, scale, ignored, ignored, rows, rows, width,
+        cast_kernel, _grid("cast", rows, width),
+        weight, weight.stride(0), plain, packed, scale, ignored, ignored, rows, rows, width,
         SUMS=False, PACK=4 // plain.itemsize, FAST=weight.is_cuda, **TILES["cast"],
     )  # fmt: skip
     return plain, turned
@@ -114,21 +119,10 @@ def gelu(x: Tensor, count: int, site: Site) -> Operand:
         width,
         x,
         lambda plain, turned, scale, largest, pack: call(
-            gelu_kernel,
-            _grid("gelu", rows, width),
-            x,
-            plain,
-            turned,
-            scale,
-            largest,
-            count,
-            rows,
-            width,
-            PACK=pack,
-            FAST=x.is_cuda,
-            **TILES["gelu"],
+            gelu_kernel, _grid("gelu", rows, width),
+            x, plain, turned, scale, largest, count, rows, width, PACK=pack, FAST=x.is_cuda, **TILES["gelu"],
         ),
-    )
+    )  # fmt: skip
 
 
 def gelu_backward(gradient: Tensor, x: Tensor, count: int, site: Site, *, sums: bool) -> tuple[Operand, Tensor | None]:
@@ -141,7 +135,8 @@ def gelu_backward(gradient: Tensor, x: Tensor, count: int, site: Site, *, sums: 
         width,
         x,
         lambda plain, turned, scale, largest, pack: call(
-            gelu_backward_kernel, grid, gradient, x, plain, turned, scale, largest, parts, count, rows, width,
+            gelu_backward_kernel, grid,
+            gradient, x, plain, turned, scale, largest, parts, count, rows, width,
             SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["gelu_backward"],
         ),
     )  # fmt: skip
@@ -162,10 +157,11 @@ def norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, 
     """The norm of x [T, D], or of x + update [P, D]."""
     count, width = x.shape
     rows = padded(count)
-    means, factors = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    means, factors = x.new_empty(2, rows, dtype=torch.float32).unbind()
     added = x if update is None else torch.empty_like(x)
     call(
-        statistics_kernel, (rows,), x, x if update is None else update, added, means, factors, count, rows, NORM_EPS,
+        statistics_kernel, (rows,),
+        x, x if update is None else update, added, means, factors, count, rows, NORM_EPS,
         ADD=update is not None, RMS=rms, WIDTH=width, **_whole_row(width),
     )  # fmt: skip
     operand = site.rounded(
@@ -173,8 +169,10 @@ def norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, 
         width,
         x,
         lambda plain, turned, scale, largest, pack: call(
-            norm_kernel, _grid("norm", rows, width), added, weight, weight if bias is None else bias, means, factors, plain, turned, scale, largest,
-            count, rows, width, BIAS=bias is not None, PACK=pack, FAST=x.is_cuda, **TILES["norm"],
+            norm_kernel, _grid("norm", rows, width),
+            added, weight, weight if bias is None else bias, means, factors, plain, turned, scale, largest,
+            count, rows, width,
+            BIAS=bias is not None, PACK=pack, FAST=x.is_cuda, **TILES["norm"],
         ),
     )  # fmt: skip
     return Normed(operand, added, means, factors)
@@ -211,28 +209,20 @@ def norm_backward(
     x, means, factors = normed
     count, width = x.shape
     rows, below = padded(count), torch.empty_like(x)
-    along, level = (torch.empty_like(means) for _ in range(2))
+    along, level = x.new_empty(2, rows, dtype=torch.float32).unbind()
     call(
-        slopes_kernel,
-        (count,),
-        x,
-        gradient,
-        weight,
-        means,
-        factors,
-        along,
-        level,
-        RMS=rms,
-        WIDTH=width,
-        **_whole_row(width),
-    )
+        slopes_kernel, (count,),
+        x, gradient, weight, means, factors, along, level, RMS=rms, WIDTH=width, **_whole_row(width),
+    )  # fmt: skip
     grid = _grid("norm_backward", rows, width)
-    of_weight, of_bias, parts = (_room(needed, grid[0], width, x) for needed in (True, bias, sums))
+    parts = x.new_empty(3, grid[0], width, dtype=torch.float32)
+    of_weight, of_bias, of_below = parts.unbind()
 
     def launch(plain: Tensor, turned: Tensor, scale: Tensor, largest: Tensor, pack: int) -> None:
         call(
-            norm_backward_kernel, grid, x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
-            of_weight, of_bias, parts, count, rows, width,
+            norm_backward_kernel, grid,
+            x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
+            of_weight, of_bias, of_below, count, rows, width,
             BIAS=bias, CAST=site is not None, SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["norm_backward"],
         )  # fmt: skip
 
@@ -241,9 +231,9 @@ def norm_backward(
         operand = site.rounded(rows, width, x, launch)
     else:
         launch(below, below, below, below, 4)
-    return NormGradients(
-        below, of_weight.sum(0), of_bias.sum(0) if bias else None, operand, parts.sum(0) if sums else None
-    )
+    # Rows of `parts` that nobody asked for were not written, and are not looked at.
+    totals = parts.sum(1).unbind()
+    return NormGradients(below, totals[0], totals[1] if bias else None, operand, totals[2] if sums else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,22 +246,23 @@ class Heads:
     table: Tensor | None
 
     def options(self) -> dict[str, int | bool]:
-        return {"ROTARY": self.table is not None, "HEADS": self.heads, "WIDTH": self.width}
-
-    @property
-    def half(self) -> int:
-        """Pairs of a head, as many as a program has lanes for."""
-        count: int = triton.next_power_of_2(self.width) // 2
-        return count
+        """What kernels are compiled for; HALF is as many pairs as a program has lanes for."""
+        return {
+            "NORM": self.scales is not None,
+            "ROTARY": self.table is not None,
+            "HEADS": self.heads,
+            "WIDTH": self.width,
+            "HALF": triton.next_power_of_2(self.width) // 2,
+        }
 
 
 def split_heads(qkv: Tensor, count: int, heads: Heads) -> tuple[Tensor, Tensor]:
     """Queries and keys [T, H, Dh], normed and rotated, from qkv [P, 3 H Dh]."""
-    query, key = (qkv.new_empty(count, heads.heads, heads.width) for _ in range(2))
+    query, key = qkv.new_empty(2, count, heads.heads, heads.width).unbind()
     call(
-            heads_kernel, (_programs("heads", count), 2), qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table, query, key,
-        count, math.sqrt(heads.width), NORM=heads.scales is not None, HALF=heads.half,
-        **heads.options(), **TILES["heads"],
+        heads_kernel, (_programs("heads", count), 2),
+        qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table, query, key,
+        count, math.sqrt(heads.width), **heads.options(), **TILES["heads"],
     )  # fmt: skip
     return query, key
 
@@ -285,29 +276,23 @@ def split_heads_backward(
         gradients: of queries, keys and values, [T, H, Dh] each. qkv: not read without a QK norm.
     """
     count, wide = gradients[0].shape[0], heads.heads * heads.width
-    rows, root = padded(count), math.sqrt(heads.width)
-    scales, normed = heads.scales or (qkv, qkv), heads.scales is not None
-    table = qkv if heads.table is None else heads.table
-    inverses, dots = (_room(normed, count, 2 * heads.heads, qkv) for _ in range(2))
-    if normed:
-        call(
-            head_slopes_kernel, (_programs("head_slopes", count), 2), *gradients[:2], qkv, *scales, table, inverses, dots, count, root, HALF=heads.half,
-            **heads.options(), **TILES["head_slopes"],
-        )  # fmt: skip
-    programs, tiles = _grid("heads_backward", rows, wide)
-    of_scales = _room(normed, programs, 2 * wide, qkv)
+    rows = padded(count)
+    programs = _programs("heads_backward", rows)
+    of_scales = _room(heads.scales is not None, programs, 2 * wide, qkv)
     parts = _room(sums, programs, 3 * wide, qkv)
     operand = site.rounded(
         rows,
         3 * wide,
         qkv,
         lambda plain, turned, scale, largest, pack: call(
-            heads_backward_kernel, (programs, 3 * tiles), *gradients, qkv, *scales, table, inverses, dots, plain, turned, scale, largest, of_scales, parts,
-            count, rows, root, NORM=normed, SUMS=sums, PACK=pack, FAST=qkv.is_cuda, **heads.options(), **TILES["heads_backward"],
+            heads_backward_kernel, (programs, 3 * heads.heads),
+            *gradients, qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table,
+            plain, turned, scale, largest, of_scales, parts, count, rows, math.sqrt(heads.width),
+            SUMS=sums, PACK=pack, FAST=qkv.is_cuda, **heads.options(), **TILES["heads_backward"],
         ),
     )  # fmt: skip
     for_scales = None
-    if normed:
+    if heads.scales is not None:
         first, second = of_scales.sum(0).view(2, heads.heads, heads.width).unbind()
         for_scales = first, second
     return operand, for_scales, parts.sum(0) if sums else None
@@ -328,5 +313,5 @@ def _grid(kernel: str, rows: int, columns: int) -> tuple[int, int]:
 
 
 def _room(needed: bool, rows: int, columns: int, like: Tensor) -> Tensor:
-    """[rows, columns] where programs leave numbers; never read where none are needed."""
-    return like.new_empty(rows if needed else 1, columns, dtype=torch.float32)
+    """[rows, columns] where programs leave numbers; something else where none are needed, which they do not touch."""
+    return like.new_empty(rows, columns, dtype=torch.float32) if needed else like

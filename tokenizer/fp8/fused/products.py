@@ -13,9 +13,9 @@ from torch import Tensor
 from tokenizer.fp8.fused.launch import Operand
 
 
-def forward(x: Operand, weight: Operand, bias: Tensor | None) -> Tensor:
-    """x [P, I], weight [O, I] -> x weight^T + bias [P, O] in bfloat16."""
-    return _product(x.plain, weight.plain, x.inverse, weight.inverse, bias, torch.bfloat16, fast=True)
+def forward(x: Operand, weight: Operand) -> Tensor:
+    """x [P, I], weight [O, I] -> x weight^T + its bias [P, O] in bfloat16."""
+    return _product(x.plain, weight.plain, x.inverse, weight.inverse, weight.bias, torch.bfloat16, fast=True)
 
 
 def of_inputs(gradient: Operand, weight: Operand) -> Tensor:
