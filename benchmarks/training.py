@@ -1,14 +1,14 @@
 """How fast a whole training step is: forward, backward, clip, AdamW, average; the native engine beside Megatron's.
 
     python -m benchmarks.training --model base --tokens 1024
-    python -m benchmarks.training --fp8                          # on CUDA: bf16 and FP8
+    python -m benchmarks.training --fp8 --compile --fp8-recipe delayed --fp8-backend triton    # on CUDA: bf16 and FP8
     python -m benchmarks.training --model nano --task asset_reconstruction
 
 Batches are random and packed, weights are random, and images are reconstructed without perceptual networks, which are
 no part of the model. Engines run in this process (Megatron with local layers on a CPU, with Transformer Engine's on
 CUDA where it can be imported) and step in turns with as much work of large matrix products; the fastest time of each
 counts, and rates are divided by that of the products. On CUDA a group that takes turns is two models, for they must fit
-beside each other.
+beside each other; with --apart each takes turns with the products alone.
 
 Passes (forward and backward) and update (clip, optimizer, average) are timed apart: an update costs the same whatever
 the batch, so that small steps are slow by it. From both follows the number of tokens from which a step reaches 0.7 of

@@ -36,10 +36,17 @@ run assets python3 -m benchmarks.assets --device cuda --out "$results/assets-$de
 run fp8 python3 -m benchmarks.fp8 --device cuda --out "$results/fp8-$device.json"
 run fp8-compiled python3 -m benchmarks.fp8 --device cuda --compile --backend torchao \
     --out "$results/fp8-compiled-$device.json"
-run training-base python3 -m benchmarks.training --device cuda --fp8 --compile --model base \
+native=(python3 -m benchmarks.training --device cuda --fp8 --compile --fp8-recipe delayed --fp8-backend triton --apart
+    --engines native)
+run training-so400m-c "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 \
+    --out "$results/training-so400m-c-$device.json"
+run training-base "${native[@]}" --model base --tokens 65536 --micro-batches 2 \
     --out "$results/training-base-$device.json"
-run training-so400m-c python3 -m benchmarks.training --device cuda --fp8 --compile --model so400m-c --engines native \
-    --tokens 8192 --micro-batches 4 --out "$results/training-so400m-c-$device.json"
+if python3 -c 'import torch, transformer_engine.pytorch' 2>/dev/null; then
+    run training-transformer-engine python3 -m benchmarks.training --device cuda --fp8 --fp8-recipe delayed --apart \
+        --engines megatron --model base --tokens 32768 \
+        --out "$results/training-base-transformer-engine-$device.json"
+fi
 run evaluation python3 -m benchmarks.evaluation --device cuda --out "$results/evaluation-$device.json"
 
 stage() { # number, steps, key=value...: trains a stage of nano on $sets

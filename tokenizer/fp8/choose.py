@@ -1,4 +1,4 @@
-"""Which backend computes: Transformer Engine, torchao or the emulation.
+"""Which backend computes: Transformer Engine, torchao, our own kernels in Triton, or the emulation.
 
 Nothing is imported to find out; `tokenizer.fp8.backends` imports what was chosen.
 """
@@ -31,8 +31,7 @@ def choose_backend(config: FP8Config, device: torch.device) -> Backend:
     """The backend that `config.backend` means on `device`.
 
     Raises:
-        InputError: a backend that needs CUDA on another device, a card without FP8, no package for CUDA, or torchao
-            alone for the delayed recipe.
+        InputError: a backend that needs CUDA on another device, a card without FP8, or no package for CUDA.
     """
     if config.backend == "emulated" or (config.backend == "auto" and device.type == "cpu"):
         return "emulated"

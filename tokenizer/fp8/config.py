@@ -17,11 +17,14 @@ class FP8Config:
 
     fp8_format: "hybrid" (E4M3 for activations and weights, E5M2 for gradients) or "e4m3" (for all three).
     fp8_recipe: "tensorwise" scales a tensor by its own largest value; "delayed" by the largest of the last calls, which
-        saves a pass over it. Tensorwise is the default because every backend has it; torchao has no delayed scaling.
+        saves a pass over it. Tensorwise is the default because every backend has it; torchao has no delayed scaling,
+        and "triton" is made for it: with tensorwise it computes most things twice.
     fp8_margin / fp8_amax_history_len / fp8_amax_compute_algo: of the delayed recipe: powers of two to spare, calls that
         are remembered, and whether their largest or the last one counts.
     num_layers_at_start_in_bf16 / num_layers_at_end_in_bf16: blocks of encoder and decoder that stay bfloat16.
-    backend: "auto" is Transformer Engine on CUDA where it is installed, torchao where not, and emulation on a CPU.
+    backend: "auto" is Transformer Engine on CUDA where it is installed, torchao where not ("triton" for the delayed
+        recipe), and emulation on a CPU. "triton" is our own, fused by blocks and the fastest; torch for CUDA brings all
+        it needs.
     keep: names of further layers that stay bfloat16, with * and ?: "decoder.*", "*.mlp.down".
     """
 

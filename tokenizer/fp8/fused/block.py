@@ -12,7 +12,7 @@ Beside the products, a pass reads and writes every activation once, forward and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class FusedBlock(Block):
         """The rounded weights of `BLOCK_LAYERS`. Training keeps them for a step; other calls round them anew."""
         if remember and self._rounded is not None and self._rounded[0] == self.scales.step:
             return self._rounded[1]
-        layers = [self.get_submodule(name) for name in BLOCK_LAYERS]
+        layers = [cast(nn.Linear, self.get_submodule(name)) for name in BLOCK_LAYERS]
         largest = torch.stack(torch._foreach_norm([layer.weight for layer in layers], torch.inf)).float()
         scale = scale_for(largest, E4M3)
         inverse = aligned_zeros(len(layers), scale.device).copy_(scale.reciprocal())
@@ -99,7 +99,7 @@ class FusedBlock(Block):
 
 def _parameters(*modules: nn.Module) -> list[Tensor | None]:
     """Weight and bias of each, None where there is no bias."""
-    return [tensor for module in modules for tensor in (module.weight, getattr(module, "bias", None))]
+    return [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
 
 
 class _Start(torch.autograd.Function):

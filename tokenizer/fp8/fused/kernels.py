@@ -1,4 +1,4 @@
-"""The passes over tokens of a block in FP8, in Triton: each reads what the last product wrote and writes the next's input.
+"""The passes over tokens of a block in FP8, in Triton: each reads what a product wrote and writes the next one's input.
 
 A product on Hopper wants both operands with the summed axis last, so what is used forward and backward is written
 twice, as [rows, columns] and as [columns, rows]; one byte each, they cost what one bfloat16 copy would. PACK rows

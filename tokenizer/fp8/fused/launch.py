@@ -161,7 +161,7 @@ def norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor | None, 
     added = x if update is None else torch.empty_like(x)
     call(
         statistics_kernel, (rows,),
-        x, x if update is None else update, added, means, factors, count, rows, NORM_EPS,
+        x, x if update is None else update, added, means, factors, count, NORM_EPS,
         ADD=update is not None, RMS=rms, WIDTH=width, **_whole_row(width),
     )  # fmt: skip
     operand = site.rounded(

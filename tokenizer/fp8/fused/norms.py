@@ -13,7 +13,7 @@ from tokenizer.fp8.fused.kernels import pack, scaled, store_turned
 
 @triton.jit
 def statistics_kernel(
-    x, update, added, means, factors, count, padded, epsilon,
+    x, update, added, means, factors, count, epsilon,
     ADD: tl.constexpr, RMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean (zero for RMS) and 1 / deviation of a row of x, or of x + update, which is written to `added`."""

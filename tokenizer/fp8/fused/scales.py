@@ -123,8 +123,8 @@ class Scales:
         odd += [name for name in self.names if not odd and getattr(state[name], "shape", None) != (length,)]
         if odd:
             raise InputError(
-                f"the FP8 histories of the checkpoint do not fit ({odd[0]}); choose its fp8 options: backend, layers and "
-                "fp8_amax_history_len"
+                f"the FP8 histories of the checkpoint do not fit ({odd[0]}); choose its fp8 options: backend, layers "
+                "and fp8_amax_history_len"
             )
         self.history.copy_(torch.stack([state[name] for name in self.names]))
         self._known = (self.history.amax(1) > 0).tolist()

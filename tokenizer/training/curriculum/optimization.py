@@ -143,11 +143,11 @@ def gradient_norms(
     Args:
         shared: each process holds a part of every gradient; otherwise each holds all of it.
     """
-    held = [(name, parameter) for name, parameter in named if parameter.grad is not None]
-    norms = torch._foreach_norm([local(parameter.grad) for _, parameter in held])
+    held = [(name, parameter, parameter.grad) for name, parameter in named if parameter.grad is not None]
+    norms = torch._foreach_norm([local(gradient) for _, _, gradient in held]) if held else ()
     found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     counts: dict[str, list[int]] = {part: [] for part in PARTS}
-    for (name, parameter), norm in zip(held, norms, strict=True):
+    for (name, parameter, _), norm in zip(held, norms, strict=True):
         found[part_of(name)].append(norm)
         # What every process holds whole is counted by all of them.
         counts[part_of(name)].append(processes.world if shared and not is_shared(parameter) else 1)
