@@ -9,8 +9,9 @@ the same line for the options of Megatron's own FP8.
 
 Read in this order: `config` (the switch), `layers` (which ones, and why not the others), `choose` (which backend),
 `rows` (padding), `emulate` (the arithmetic, in plain torch), `backends` (torchao, Transformer Engine and our own),
-`conversion`, which joins them, and `fused`, our own: blocks whose norms, activations and rounding are one pass each. `python -m tokenizer.fp8 --model so400m-c` prints the plan. The list of layers, the
-options' rules and recipes are those of `tokenizer.megatron.fp8`.
+`conversion`, which joins them, and `fused`, our own: blocks whose norms, activations and rounding are one pass each.
+`python -m tokenizer.fp8 --model so400m-c` prints the plan. The list of layers, the options' rules and recipes are those
+of `tokenizer.megatron.fp8`.
 """
 
 from tokenizer.fp8.config import FP8Config
