@@ -39,6 +39,10 @@ def main() -> int:
         kept = fuse(model, recipe)
         found[recipe] = errors(gradients(model, kept), exact)
         assert bool(kept.history.any()) == (recipe == "delayed")
+        for changed in (model, other := network()):
+            with torch.no_grad():
+                changed.get_parameter("decoder.transformer.blocks.0.mlp.down.weight").mul_(-1.0)
+        found[f"{recipe}, weights changed"] = errors(gradients(model), gradients(other))
     model = network()
     fuse(model, "delayed")
     with torch.no_grad():

@@ -35,11 +35,12 @@ def test_fused_blocks_compute_what_plain_ones_do() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.keys() == {"tensorwise", "delayed", "without gradients"}
+    changed = {f"{recipe}, weights changed" for recipe in ("tensorwise", "delayed")}
+    assert found.keys() == {"tensorwise", "delayed", "without gradients"} | changed
     for case, errors in found.items():
         worst = max(errors, key=errors.__getitem__)
         # bfloat16 rounds to 0.002 of a number, and some twenty roundings follow each other.
-        assert errors[worst] < 0.03, (case, worst, errors[worst])
+        assert errors[worst] < 0.05, (case, worst, errors[worst])
     # Without a history of their own both recipes are the same arithmetic.
     assert found["tensorwise"] == pytest.approx(found["delayed"], rel=0.2, abs=2e-3)
 

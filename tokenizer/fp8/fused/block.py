@@ -44,7 +44,7 @@ class FusedBlock(Block):
         self.attention_norm, self.attention = block.attention_norm, block.attention
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
         self.scales, self._first = scales, TENSORS * number
-        self._rounded: tuple[int, list[Operand]] | None = None
+        self._rounded: tuple[list[int], list[Operand]] | None = None
         self.train(block.training)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -75,9 +75,11 @@ class FusedBlock(Block):
     @torch.no_grad()
     def weights(self, remember: bool) -> list[Operand]:
         """The rounded weights of `BLOCK_LAYERS`. Training keeps them for a step; other calls round them anew."""
-        if remember and self._rounded is not None and self._rounded[0] == self.scales.step:
-            return self._rounded[1]
         layers = [cast(nn.Linear, self.get_submodule(name)) for name in BLOCK_LAYERS]
+        # What FSDP2 gathers has versions that say nothing, and a loop of one's own may not tell of its steps.
+        state = [self.scales.step, *(layer.weight._version for layer in layers)]
+        if remember and self._rounded is not None and self._rounded[0] == state:
+            return self._rounded[1]
         largest = torch.stack(torch._foreach_norm([layer.weight for layer in layers], torch.inf)).float()
         scale = scale_for(largest, E4M3)
         inverse = aligned_zeros(len(layers), scale.device).copy_(scale.reciprocal())
@@ -86,7 +88,7 @@ class FusedBlock(Block):
             both = launch.cast_weight(layer.weight.detach(), scale[number], E4M3, self.scales.ignored)
             bias = None if layer.bias is None else layer.bias.detach().bfloat16()
             rounded.append(Operand(*both, inverse[number], bias))
-        self._rounded = (self.scales.step, rounded) if remember else None
+        self._rounded = (state, rounded) if remember else None
         return rounded
 
     def _heads(self, rotary: Rotary | None) -> Heads:
