@@ -26,6 +26,14 @@ class LayerNormLinear(ColumnParallelLinear):  # type: ignore[misc]
         self.layer_norm_weight = nn.Parameter(torch.ones(input_size))
         bias = nn.Parameter(torch.zeros(input_size)) if options["config"].normalization == "LayerNorm" else None
         self.register_parameter("layer_norm_bias", bias)
+        self.history = torch.zeros(4)
+
+    def get_extra_state(self) -> Tensor:
+        """As Transformer Engine's FP8 histories: in checkpoints of such layers, and in no others."""
+        return self.history
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.history = state
 
     def forward(self, x: Tensor) -> Any:
         shape, weight, eps = self.layer_norm_weight.shape, self.layer_norm_weight, self.config.layernorm_epsilon

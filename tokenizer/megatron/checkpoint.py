@@ -85,13 +85,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: Any, optimizer: Any =
     _check_network(kept["network"], bare.network_config, source)
     prepared(optimizer)
     wanted = _sharded(bare, optimizer, loading=True)
-    # Layers of Transformer Engine have extra state that local ones never wrote; they start it anew.
-    known = dist_checkpointing.load_sharded_metadata(str(source)).keys()
-    wanted["model"] = {
-        name: part
-        for name, part in wanted["model"].items()
-        if not name.endswith("_extra_state") or getattr(part, "unique_key", name) in known
-    }
+    wanted["model"] = _without_unknown_extra_state(wanted["model"], source)
     loaded = dist_checkpointing.load(wanted, str(source))
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in loaded["model"].items()}
     with _own_extra_state():
@@ -102,6 +96,20 @@ def load_checkpoint(folder: str | os.PathLike[str], model: Any, optimizer: Any =
             optimizer.load_state_dict(loaded["optimizer"])
     state: dict[str, Any] = kept["state"]
     return state
+
+
+def _without_unknown_extra_state(weights: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Layers of Transformer Engine have extra state that local ones never wrote; they start it anew."""
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    if not any(name.endswith("_extra_state") for name in weights):
+        return weights
+    known = load_sharded_metadata(str(source)).keys()
+    return {
+        name: part
+        for name, part in weights.items()
+        if not name.endswith("_extra_state") or getattr(part, "unique_key", name) in known
+    }
 
 
 @contextmanager
