@@ -14,6 +14,8 @@ import torch.distributed as dist
 from data.config import open_training_loader
 from tests.tokenizer.curriculum_data import pictures_alone
 from tests.tokenizer.curriculum_worker import fork, status_of
+from tokenizer.fp8 import FP8Config
+from tokenizer.fp8.fused.scales import Scales
 from tokenizer.training.curriculum.objective import make_objective
 from tokenizer.training.curriculum.preparation import Preparer
 from tokenizer.training.curriculum.processes import Processes
@@ -52,8 +54,19 @@ def steps(layout: Layout, rank: int, folder: Path) -> None:
     assert trained.conversion is not None
     histories = trained.conversion.state_dict()
     onward = [one.forward_backward(batches[STEPS])["loss"] for one in (trained, resumed)]
-    torch.save({"losses": losses, "histories": histories, "onward": onward}, folder / f"{layout}-{rank}.pt")
+    found = {"losses": losses, "histories": histories, "onward": onward, "fused": fused_history(rank)}
+    torch.save(found, folder / f"{layout}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def fused_history(rank: int) -> list[float]:
+    """What fused blocks remember of two steps with magnitudes of 1 and 2, and of 4 and 3 in the other process."""
+    scales = Scales(FP8Config(fp8_recipe="delayed", fp8_amax_history_len=2), ["block"], CPU)
+    for magnitude in ((1.0, 2.0), (4.0, 3.0))[rank]:
+        scales.rounded(0, lambda _, largest, found=magnitude: largest.fill_(found), remember=True)  # type: ignore[misc]
+        scales.move_on()
+    history: list[float] = scales.history[0].tolist()
+    return history
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def test_processes_that_share_gradients_or_weights_train_in_fp8(sets: Path, tmp_
             assert torch.equal(history, second["histories"][name])
             assert (history[:, :3] > 0).all()
         assert first["onward"][0] == first["onward"][1]
+        assert first["fused"] == second["fused"] == [3.0, 4.0]
     assert found["ddp"][0]["losses"] == pytest.approx(found["fsdp2"][0]["losses"], rel=1e-3)
 
 

@@ -95,10 +95,11 @@ class Scales:
         self.step += 1
         if self.config.fp8_recipe != "delayed":
             return
+        newest = self._newest.contiguous()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._newest, dist.ReduceOp.MAX)
-        moved = torch.cat([self._newest[:, None], self.history[:, :-1]], dim=1)
-        seen = self._newest.isfinite() & (self._newest > 0)
+            dist.all_reduce(newest, dist.ReduceOp.MAX)
+        moved = torch.cat([newest[:, None], self.history[:, :-1]], dim=1)
+        seen = newest.isfinite() & (newest > 0)
         self.history.copy_(torch.where(seen[:, None], moved, self.history))
         self._newest.zero_()
         self._from_history()
