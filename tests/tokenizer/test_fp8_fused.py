@@ -119,6 +119,12 @@ def test_a_broken_step_is_forgotten(broken: float) -> None:
     later = Pass(2.0)
     scales.rounded(0, later, remember=True)
     assert later.scales == [224.0]
+    # What was broken at first is as unknown as before.
+    scales.rounded(1, Pass(broken), remember=True)
+    scales.move_on()
+    first = Pass(2.0)
+    scales.rounded(1, first, remember=True)
+    assert first.scales == [1.0, 224.0]
 
 
 def test_tensorwise_scales_by_the_tensor_alone() -> None:

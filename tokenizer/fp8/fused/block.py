@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenizer.fp8.emulate import E4M3, scale_for
 from tokenizer.fp8.fused import launch, products
-from tokenizer.fp8.fused.launch import Heads, Operand, Site
+from tokenizer.fp8.fused.launch import Heads, Kept, Operand, Site
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, TENSORS, Scales, aligned_zeros
 from tokenizer.model.attention import attend
 from tokenizer.model.plan import Plan
@@ -148,26 +148,18 @@ class _Start(torch.autograd.Function):
             (query, key, value), qkv, heads, block.site(_QKV, gradient=True), sums=bias
         )
         below = launch.norm_backward(
-            products.of_inputs(operand, Operand(weight, weight, weight_inverse)),
+            products.of_inputs(operand, Kept(weight, weight_inverse)),
             above,
             (x, means, factors),
             norm_weight,
             rms=isinstance(block.attention_norm, RMSNorm),
             bias=norm_bias,
         )
-        of_weight = products.of_weight(operand, Operand(turned, turned, inverse)) if ctx.needs_input_grad[7] else None
+        of_weight = products.of_weight(operand, Kept(turned, inverse)) if ctx.needs_input_grad[7] else None
         return (
-            below.x,
-            None,
-            None,
-            None,
-            None,
-            below.weight,
-            below.bias,
-            of_weight,
-            of_bias,
-            *(of_scales or (None, None)),
-        )
+            below.x, None, None, None, None,
+            below.weight, below.bias, of_weight, of_bias, *(of_scales or (None, None)),
+        )  # fmt: skip
 
 
 class _Rest(torch.autograd.Function):
@@ -216,17 +208,17 @@ class _Rest(torch.autograd.Function):
         of_out, of_up, of_down = (ctx.needs_input_grad[number] for number in (5, 9, 11))
         gradient = gradient.contiguous()
         above, for_down_bias = launch.cast(gradient, block.site(_DOWN, gradient=True), sums=down_bias)
-        for_down = products.of_weight(above, Operand(active, active, active_inverse)) if of_down else None
+        for_down = products.of_weight(above, Kept(active, active_inverse)) if of_down else None
         middle, for_up_bias = launch.gelu_backward(
-            products.of_inputs(above, Operand(down, down, down_inverse)),
+            products.of_inputs(above, Kept(down, down_inverse)),
             hidden,
             len(x),
             block.site(_UP, gradient=True),
             sums=up_bias,
         )
-        for_up = products.of_weight(middle, Operand(normed, normed, normed_inverse)) if of_up else None
+        for_up = products.of_weight(middle, Kept(normed, normed_inverse)) if of_up else None
         below = launch.norm_backward(
-            products.of_inputs(middle, Operand(up, up, up_inverse)),
+            products.of_inputs(middle, Kept(up, up_inverse)),
             gradient,
             (x, means, factors),
             norm_weight,
@@ -236,8 +228,8 @@ class _Rest(torch.autograd.Function):
             sums=out_bias,
         )
         assert below.operand is not None
-        for_out = products.of_weight(below.operand, Operand(heads, heads, heads_inverse)) if of_out else None
-        for_attended = products.of_inputs(below.operand, Operand(out, out, out_inverse))[: len(x)]
+        for_out = products.of_weight(below.operand, Kept(heads, heads_inverse)) if of_out else None
+        for_attended = products.of_inputs(below.operand, Kept(out, out_inverse))[: len(x)]
         return (
             for_attended, below.x, None, None, None,
             for_out, below.sums, below.weight, below.bias, for_up, for_up_bias, for_down, for_down_bias,

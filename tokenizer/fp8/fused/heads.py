@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenizer.fp8.fused.kernels import pack, scaled
+from tokenizer.fp8.fused.kernels import store_part
 
 
 @triton.jit
@@ -110,10 +110,8 @@ def heads_backward_kernel(
         most = tl.maximum(most, tl.abs(slope))
         if SUMS:
             total += slope
-        number = scaled(slope, times)
-        tl.store(plain + place, number.to(plain.dtype.element_ty), mask=(rows[:, None] < padded) & exists[None, :])
-        packed = pack(packed, last, number, plain, part, PACK, FAST)
-        last = number
+        stored = (rows[:, None] < padded) & exists[None, :]
+        packed, last = store_part(slope, times, plain, place, stored, packed, last, part, PACK, FAST)
     target = (third * wide + column[:, None]).to(tl.int64) * (padded // PACK) + row[None, :]
     tl.store(turned + target, tl.trans(packed), mask=exists[:, None] & (row[None, :] < padded // PACK))
     tl.atomic_max(largest, tl.max(most))

@@ -28,8 +28,8 @@ def scaled(value, scale):
 def pack(packed, last, number, like, part: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr):
     """Add `number` as the `part`-th of PACK numbers of the type `like` points to; `last` is the one before.
 
-    FAST converts pairs with the instruction there is for it. Taking bytes out of what Triton converts is slower, and
-    was wrong on an H100: every second pair of columns (Triton 3.6).
+    FAST converts pairs with the instruction there is for it. Taking bytes out of what Triton converts was wrong on an
+    H100: every second pair of columns (Triton 3.6).
     """
     if FAST:
         if part % 2 == 1:
@@ -52,11 +52,22 @@ def pack(packed, last, number, like, part: tl.constexpr, PACK: tl.constexpr, FAS
 
 
 @triton.jit
-def store_turned(packed, turned, row, columns, padded, width, PACK: tl.constexpr):
-    """Packed rows [rows / PACK, columns] to `turned` [width, padded / PACK]."""
+def store_part(
+    value, scale, plain, place, inside, packed, last, part: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """Round one part of a tile and store it at `place`; returns `packed` with it, and what it was before rounding."""
+    number = scaled(value, scale)
+    tl.store(plain + place, number.to(plain.dtype.element_ty), mask=inside)
+    return pack(packed, last, number, plain, part, PACK, FAST), number
+
+
+@triton.jit
+def store_turned(packed, turned, row, columns, padded, width, most, largest, PACK: tl.constexpr):
+    """Packed rows [rows / PACK, columns] to `turned` [width, padded / PACK], and the largest of `most` to `largest`."""
     inside = (row[None, :] < padded // PACK) & (columns[:, None] < width)
     place = columns[:, None].to(tl.int64) * (padded // PACK) + row[None, :]
     tl.store(turned + place, tl.trans(packed), mask=inside)
+    tl.atomic_max(largest, tl.max(most))
 
 
 @triton.jit
@@ -80,16 +91,10 @@ def cast_kernel(
         most = tl.maximum(most, tl.abs(value))
         if SUMS:
             total += value
-        number = scaled(value, times)
-        tl.store(
-            plain + rows[:, None].to(tl.int64) * width + columns[None, :],
-            number.to(plain.dtype.element_ty),
-            mask=(rows[:, None] < padded) & exists,
-        )
-        packed = pack(packed, last, number, plain, part, PACK, FAST)
-        last = number
-    store_turned(packed, turned, row, columns, padded, width, PACK)
-    tl.atomic_max(largest, tl.max(most))
+        place = rows[:, None].to(tl.int64) * width + columns[None, :]
+        inside = (rows[:, None] < padded) & exists
+        packed, last = store_part(value, times, plain, place, inside, packed, last, part, PACK, FAST)
+    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
     if SUMS:
         tl.store(sums + tl.program_id(0) * width + columns, tl.sum(total, axis=0), mask=columns < width)
 
@@ -126,12 +131,9 @@ def gelu_kernel(
         inner = 0.7978845608028654 * value * (1.0 + 0.044715 * value * value)
         value = 0.5 * value * (1.0 + tanh(inner, FAST))
         most = tl.maximum(most, tl.abs(value))
-        number = scaled(value, times)
-        tl.store(plain + place, number.to(plain.dtype.element_ty), mask=(rows[:, None] < padded) & exists)
-        packed = pack(packed, last, number, plain, part, PACK, FAST)
-        last = number
-    store_turned(packed, turned, row, columns, padded, width, PACK)
-    tl.atomic_max(largest, tl.max(most))
+        stored = (rows[:, None] < padded) & exists
+        packed, last = store_part(value, times, plain, place, stored, packed, last, part, PACK, FAST)
+    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
 
 
 @triton.jit
@@ -161,11 +163,8 @@ def gelu_backward_kernel(
         most = tl.maximum(most, tl.abs(below))
         if SUMS:
             total += below
-        number = scaled(below, times)
-        tl.store(plain + place, number.to(plain.dtype.element_ty), mask=(rows[:, None] < padded) & exists)
-        packed = pack(packed, last, number, plain, part, PACK, FAST)
-        last = number
-    store_turned(packed, turned, row, columns, padded, width, PACK)
-    tl.atomic_max(largest, tl.max(most))
+        stored = (rows[:, None] < padded) & exists
+        packed, last = store_part(below, times, plain, place, stored, packed, last, part, PACK, FAST)
+    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
     if SUMS:
         tl.store(sums + tl.program_id(0) * width + columns, tl.sum(total, axis=0), mask=columns < width)

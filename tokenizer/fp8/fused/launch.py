@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,10 +33,17 @@ TILES: dict[str, dict[str, int]] = {
     "heads": {"ROWS": 16, "num_warps": 4},
     "heads_backward": {"ROWS": 32, "num_warps": 4},
 }
-"""Rows and columns of a program, and its warps: the fastest on an H100 at so400m's widths and 16,384 tokens."""
+"""Rows and columns of a program, and its warps: the fastest of a few on an H100, at so400m's widths."""
 
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor, int], object]
 """Runs a kernel that writes (plain, turned) by (scale, largest); the last argument is its PACK."""
+
+
+class Kept(NamedTuple):
+    """What the way back needs of an operand: `turned` [C, R] in FP8, times `inverse`, a scalar."""
+
+    turned: Tensor
+    inverse: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenizer.fp8.fused.kernels import pack, scaled, store_turned
+from tokenizer.fp8.fused.kernels import store_part, store_turned
 
 
 @triton.jit
@@ -61,12 +61,9 @@ def norm_kernel(
             value += more
         value = tl.where(inside, value, 0.0)
         most = tl.maximum(most, tl.abs(value))
-        number = scaled(value, times)
-        tl.store(plain + place, number.to(plain.dtype.element_ty), mask=(rows[:, None] < padded) & exists)
-        packed = pack(packed, last, number, plain, part, PACK, FAST)
-        last = number
-    store_turned(packed, turned, row, columns, padded, width, PACK)
-    tl.atomic_max(largest, tl.max(most))
+        stored = (rows[:, None] < padded) & exists
+        packed, last = store_part(value, times, plain, place, stored, packed, last, part, PACK, FAST)
+    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
 
 
 @triton.jit
@@ -130,16 +127,13 @@ def norm_backward_kernel(
             most = tl.maximum(most, tl.abs(result))
             if SUMS:
                 total += result
-            number = scaled(result, times)
-            tl.store(plain + place, number.to(plain.dtype.element_ty), mask=(rows[:, None] < padded) & exists)
-            packed = pack(packed, last, number, plain, part, PACK, FAST)
-            last = number
+            stored = (rows[:, None] < padded) & exists
+            packed, last = store_part(result, times, plain, place, stored, packed, last, part, PACK, FAST)
     target = tl.program_id(0) * width + columns
     tl.store(weight_sums + target, tl.sum(of_weight, axis=0), mask=columns < width)
     if BIAS:
         tl.store(bias_sums + target, tl.sum(of_bias, axis=0), mask=columns < width)
     if CAST:
-        store_turned(packed, turned, row, columns, padded, width, PACK)
-        tl.atomic_max(largest, tl.max(most))
+        store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
         if SUMS:
             tl.store(sums + target, tl.sum(total, axis=0), mask=columns < width)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenizer.fp8.fused.launch import Operand
+from tokenizer.fp8.fused.launch import Kept, Operand
 
 
 def forward(x: Operand, weight: Operand) -> Tensor:
@@ -18,12 +18,12 @@ def forward(x: Operand, weight: Operand) -> Tensor:
     return _product(x.plain, weight.plain, x.inverse, weight.inverse, weight.bias, torch.bfloat16, fast=True)
 
 
-def of_inputs(gradient: Operand, weight: Operand) -> Tensor:
+def of_inputs(gradient: Operand, weight: Kept) -> Tensor:
     """gradient [P, O], weight [O, I] -> gradient weight [P, I] in bfloat16."""
     return _product(gradient.plain, weight.turned, gradient.inverse, weight.inverse, None, torch.bfloat16, fast=False)
 
 
-def of_weight(gradient: Operand, x: Operand) -> Tensor:
+def of_weight(gradient: Operand, x: Kept) -> Tensor:
     """gradient [P, O], x [P, I] -> gradient^T x [O, I] in float32."""
     return _product(gradient.turned, x.turned, gradient.inverse, x.inverse, None, torch.float32, fast=False)
 

@@ -55,7 +55,9 @@ class Scales:
         self._newest, self._scale, self._inverse = (aligned_zeros(len(self.kinds), device) for _ in range(3))
         # Single numbers are passed to kernels many times a step; they are views of the tensors above.
         self._numbers = [tensor.unbind() for tensor in (self._newest, self._scale, self._inverse)]
-        self._known = [False] * len(self.kinds)
+        # Those that have a scale, and those whose history says so too: a first step that was broken, or all zeros, does
+        # not count.
+        self._known, self._sure = ([False] * len(self.kinds) for _ in range(2))
         self.ignored = torch.zeros((), device=device)
 
     def rounded(self, number: int, launch: Launch, *, remember: bool) -> Tensor:
@@ -103,6 +105,8 @@ class Scales:
         self.history.copy_(torch.where(seen[:, None], moved, self.history))
         self._newest.zero_()
         self._from_history()
+        if any(known and not sure for known, sure in zip(self._known, self._sure, strict=True)):
+            self._look_at_history()
 
     def forget_weights(self) -> None:
         """Weights were loaded: what was rounded of them is of no use."""
@@ -128,9 +132,14 @@ class Scales:
                 "and fp8_amax_history_len"
             )
         self.history.copy_(torch.stack([state[name] for name in self.names]))
-        self._known = (self.history.amax(1) > 0).tolist()
+        self._look_at_history()
         self._newest.zero_()
         self._from_history()
+
+    def _look_at_history(self) -> None:
+        """The one place that waits for the device: after a first step, and no more once all its tensors are known."""
+        self._sure = (self.history.amax(1) > 0).tolist()
+        self._known = list(self._sure)
 
     def _from_history(self) -> None:
         before = self.history.amax(1) if self.config.fp8_amax_compute_algo == "max" else self.history[:, 0]
