@@ -5,10 +5,15 @@ twice, as [rows, columns] and as [columns, rows]; one byte each, they cost what 
 travel through the transposition as one integer of 32 bits: a program takes its rows in PACK interleaved parts.
 Rows from `count` on (padding to a multiple of 16) are zeros, which change no sum.
 
-Conventions: tensors are row-major, sums are float32. `scale` multiplies before rounding; `largest` takes max |value| by
-atomic maximum, whose result does not depend on the order. Conversion saturates, but what is not finite becomes NaN, so
-that a trainer sees it. Sums of columns (gradients of biases and norms) are written for each program of rows, and added
-up in a fixed order later.
+A program loads all that it needs before it stores anything. No compiler moves a load past a store that might go to the
+same place, so that parts which are loaded, computed and stored one after the other wait for memory PACK times.
+
+Conventions: tensors are row-major, sums are float32. A program's tile starts at row `top` and column `left`; places in
+it are counted from there, in 32 bits. ROW_AXIS is the axis of programs along the rows: with 1, programs that run at the
+same time share rows, with 0 columns. `scale` multiplies before rounding; `largest` takes max |value| by atomic maximum,
+whose result does not depend on the order. Conversion saturates, but what is not finite becomes NaN, so that a trainer
+sees it. Sums of columns (gradients of biases and norms) are written for each program of rows, and added up in a fixed
+order later.
 """
 
 from __future__ import annotations
@@ -18,10 +23,31 @@ import triton.language as tl
 
 
 @triton.jit
+def load_parts(x, stride, rows_left, row, column, exists, PACK: tl.constexpr):
+    """The parts of the tile that starts at x, whose rows lie `stride` apart; zeros where there is nothing."""
+    parts = ()
+    for part in tl.static_range(PACK):
+        rows = row * PACK + part
+        inside = (rows[:, None] < rows_left) & exists[None, :]
+        parts = parts + (tl.load(x + (rows[:, None] * stride + column[None, :]), mask=inside, other=0.0),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def load_rows(x, rows_left, row, PACK: tl.constexpr):
+    """One number for each row of the tile, [rows, 1] for each part."""
+    parts = ()
+    for part in tl.static_range(PACK):
+        rows = row * PACK + part
+        parts = parts + (tl.load(x + rows, mask=rows < rows_left, other=0.0)[:, None],)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
 def scaled(value, scale):
-    """value * scale, NaN where that is not finite."""
-    value *= scale
-    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+    """value * scale, NaN where that is not finite, for zero times infinity is."""
+    number = value * scale
+    return tl.fma(number, 0.0, number)
 
 
 @triton.jit
@@ -53,50 +79,64 @@ def pack(packed, last, number, like, part: tl.constexpr, PACK: tl.constexpr, FAS
 
 @triton.jit
 def store_part(
-    value, scale, plain, place, inside, packed, last, part: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr
+    value, scale, plain, stride, rows_left, row, column, exists, packed, last,
+    part: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Round one part of a tile and store it at `place`; returns `packed` with it, and what it was before rounding."""
+    """Round a part of the tile that starts at `plain` and store it.
+
+    Returns:
+        `packed` with it, and what it was before rounding.
+    """
     number = scaled(value, scale)
+    rows = row * PACK + part
+    place = rows[:, None] * stride + column[None, :]
+    inside = (rows[:, None] < rows_left) & exists[None, :]
     tl.store(plain + place, number.to(plain.dtype.element_ty), mask=inside)
     return pack(packed, last, number, plain, part, PACK, FAST), number
 
 
 @triton.jit
-def store_turned(packed, turned, row, columns, padded, width, most, largest, PACK: tl.constexpr):
-    """Packed rows [rows / PACK, columns] to `turned` [width, padded / PACK], and the largest of `most` to `largest`."""
-    inside = (row[None, :] < padded // PACK) & (columns[:, None] < width)
-    place = columns[:, None].to(tl.int64) * (padded // PACK) + row[None, :]
-    tl.store(turned + place, tl.trans(packed), mask=inside)
-    tl.atomic_max(largest, tl.max(most))
+def store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK: tl.constexpr):
+    """Packed rows [rows / PACK, columns] to their place in `turned` [width, padded / PACK], and max(most) to `largest`.
+
+    The maximum orders nothing else: a stricter one would wait for all stores, and empty a cache that others use.
+    """
+    length = padded // PACK
+    first = left.to(tl.int64) * length + top // PACK
+    inside = (row[None, :] < (padded - top) // PACK) & exists[:, None]
+    tl.store(turned + first + (column[:, None] * length + row[None, :]), tl.trans(packed), mask=inside)
+    tl.atomic_max(largest, tl.max(most), sem="relaxed")
 
 
 @triton.jit
 def cast_kernel(
     x, stride, plain, turned, scale, largest, sums, count, padded, width,
-    SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """x [count, width] with rows `stride` apart; `sums` [programs, width] of columns, if SUMS."""
-    row = tl.program_id(0) * (ROWS // PACK) + tl.arange(0, ROWS // PACK)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = columns[None, :] < width
+    top = tl.program_id(ROW_AXIS) * ROWS
+    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
+    exists = column < width - left
+    values = load_parts(x + top.to(tl.int64) * stride + left, stride, count - top, row, column, exists, PACK)
     times = tl.load(scale)
+    plain += top.to(tl.int64) * width + left
     most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     total = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
     last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     for part in tl.static_range(PACK):
-        rows = row * PACK + part
-        place = rows[:, None].to(tl.int64) * stride + columns[None, :]
-        value = tl.load(x + place, mask=(rows[:, None] < count) & exists, other=0.0).to(tl.float32)
+        value = values[part].to(tl.float32)
         most = tl.maximum(most, tl.abs(value))
         if SUMS:
             total += value
-        place = rows[:, None].to(tl.int64) * width + columns[None, :]
-        inside = (rows[:, None] < padded) & exists
-        packed, last = store_part(value, times, plain, place, inside, packed, last, part, PACK, FAST)
-    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
+        packed, last = store_part(
+            value, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
+        )
+    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
     if SUMS:
-        tl.store(sums + tl.program_id(0) * width + columns, tl.sum(total, axis=0), mask=columns < width)
+        tl.store(sums + tl.program_id(ROW_AXIS) * width + left + column, tl.sum(total, axis=0), mask=exists)
 
 
 @triton.jit
@@ -114,57 +154,64 @@ def tanh(x, FAST: tl.constexpr):
 @triton.jit
 def gelu_kernel(
     x, plain, turned, scale, largest, count, padded, width,
-    PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
-    """GELU (tanh approximation) of x [padded, width]."""
-    row = tl.program_id(0) * (ROWS // PACK) + tl.arange(0, ROWS // PACK)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = columns[None, :] < width
+    """GELU of x [padded, width]: x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    top = tl.program_id(ROW_AXIS) * ROWS
+    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
+    exists = column < width - left
+    values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     times = tl.load(scale)
+    plain += top.to(tl.int64) * width + left
     most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
     last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     for part in tl.static_range(PACK):
-        rows = row * PACK + part
-        place = rows[:, None].to(tl.int64) * width + columns[None, :]
-        value = tl.load(x + place, mask=(rows[:, None] < count) & exists, other=0.0).to(tl.float32)
-        inner = 0.7978845608028654 * value * (1.0 + 0.044715 * value * value)
-        value = 0.5 * value * (1.0 + tanh(inner, FAST))
+        value = values[part].to(tl.float32)
+        level = tanh(value * tl.fma(value * value, 0.035677408136300125, 0.7978845608028654), FAST)
+        half = 0.5 * value
+        value = tl.fma(half, level, half)
         most = tl.maximum(most, tl.abs(value))
-        stored = (rows[:, None] < padded) & exists
-        packed, last = store_part(value, times, plain, place, stored, packed, last, part, PACK, FAST)
-    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
+        packed, last = store_part(
+            value, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
+        )
+    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
 
 
 @triton.jit
 def gelu_backward_kernel(
     gradient, x, plain, turned, scale, largest, sums, count, padded, width,
-    SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x [padded, width] from that of its GELU."""
-    row = tl.program_id(0) * (ROWS // PACK) + tl.arange(0, ROWS // PACK)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = columns[None, :] < width
+    """The gradient of x [padded, width] from that of its GELU: times (1 + tanh(z) + x (1 - tanh(z)^2) z') / 2."""
+    top = tl.program_id(ROW_AXIS) * ROWS
+    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
+    exists = column < width - left
+    values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
+    gradients = load_parts(gradient + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     times = tl.load(scale)
+    plain += top.to(tl.int64) * width + left
     most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     total = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
     last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     for part in tl.static_range(PACK):
-        rows = row * PACK + part
-        place = rows[:, None].to(tl.int64) * width + columns[None, :]
-        inside = (rows[:, None] < count) & exists
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        above = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        value = values[part].to(tl.float32)
         square = value * value
-        level = tanh(0.7978845608028654 * value * (1.0 + 0.044715 * square), FAST)
-        slope = 0.7978845608028654 * (1.0 + 0.134145 * square)
-        below = 0.5 * above * (1.0 + level + value * (1.0 - level * level) * slope)
+        level = tanh(value * tl.fma(square, 0.035677408136300125, 0.7978845608028654), FAST)
+        # -x z': the sign is here so that no multiplication has to be negated.
+        fall = value * tl.fma(square, -0.10703222440890037, -0.7978845608028654)
+        half = 0.5 * gradients[part].to(tl.float32)
+        below = tl.fma(half, tl.fma(fall, tl.fma(level, level, -1.0), level), half)
         most = tl.maximum(most, tl.abs(below))
         if SUMS:
             total += below
-        stored = (rows[:, None] < padded) & exists
-        packed, last = store_part(below, times, plain, place, stored, packed, last, part, PACK, FAST)
-    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
+        packed, last = store_part(
+            below, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
+        )
+    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
     if SUMS:
-        tl.store(sums + tl.program_id(0) * width + columns, tl.sum(total, axis=0), mask=columns < width)
+        tl.store(sums + tl.program_id(ROW_AXIS) * width + left + column, tl.sum(total, axis=0), mask=exists)

@@ -25,15 +25,19 @@ from tokenizer.megatron.rows import padded_count
 from tokenizer.model.transformer import NORM_EPS
 
 TILES: dict[str, dict[str, int]] = {
-    "cast": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
-    "gelu": {"ROWS": 64, "COLUMNS": 128, "num_warps": 8},
-    "gelu_backward": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
-    "norm": {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
-    "norm_backward": {"ROWS": 128, "COLUMNS": 64, "num_warps": 4},
+    "cast": {"ROWS": 128, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 8},
+    "gelu": {"ROWS": 64, "COLUMNS": 128, "ROW_AXIS": 1, "num_warps": 8},
+    "gelu_backward": {"ROWS": 64, "COLUMNS": 128, "ROW_AXIS": 1, "num_warps": 8},
+    "norm": {"ROWS": 64, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 4},
+    "norm_backward": {"ROWS": 64, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 4},
     "heads": {"ROWS": 16, "num_warps": 4},
-    "heads_backward": {"ROWS": 32, "num_warps": 4},
+    "heads_backward": {"ROWS": 32, "ROW_AXIS": 1, "num_warps": 4},
 }
-"""Rows and columns of a program, and its warps: the fastest of a few on an H100, at so400m's widths."""
+"""Rows and columns of a program, which axis of programs its rows are (see `kernels`), and its warps.
+
+`python -m benchmarks.fp8_passes --tiles` tries others. These were chosen by what is compiled for an H100: loads in
+flight, registers, instructions for each number.
+"""
 
 Launch = Callable[[Tensor, Tensor, Tensor, Tensor, int], object]
 """Runs a kernel that writes (plain, turned) by (scale, largest); the last argument is its PACK."""
@@ -92,14 +96,14 @@ def cast(x: Tensor, site: Site, *, sums: bool = False) -> tuple[Operand, Tensor 
     """x [T, C] rounded, and its sums [C]. Rows may lie apart."""
     count, width = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rows, grid = padded(count), _grid("cast", padded(count), width)
-    parts = _room(sums, grid[0], width, x)
+    rows = padded(count)
+    parts = _room(sums, _programs("cast", rows), width, x)
     operand = site.rounded(
         rows,
         width,
         x,
         lambda plain, turned, scale, largest, pack: call(
-            cast_kernel, grid,
+            cast_kernel, _grid("cast", rows, width),
             x, x.stride(0), plain, turned, scale, largest, parts, count, rows, width,
             SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["cast"],
         ),
@@ -136,14 +140,13 @@ def gelu(x: Tensor, count: int, site: Site) -> Operand:
 def gelu_backward(gradient: Tensor, x: Tensor, count: int, site: Site, *, sums: bool) -> tuple[Operand, Tensor | None]:
     """The gradient of x [P, C] from that of its GELU, rounded, and its sums [C]."""
     rows, width = x.shape
-    grid = _grid("gelu_backward", rows, width)
-    parts = _room(sums, grid[0], width, x)
+    parts = _room(sums, _programs("gelu_backward", rows), width, x)
     operand = site.rounded(
         rows,
         width,
         x,
         lambda plain, turned, scale, largest, pack: call(
-            gelu_backward_kernel, grid,
+            gelu_backward_kernel, _grid("gelu_backward", rows, width),
             gradient, x, plain, turned, scale, largest, parts, count, rows, width,
             SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["gelu_backward"],
         ),
@@ -222,13 +225,12 @@ def norm_backward(
         slopes_kernel, (count,),
         x, gradient, weight, means, factors, along, level, RMS=rms, WIDTH=width, **_whole_row(width),
     )  # fmt: skip
-    grid = _grid("norm_backward", rows, width)
-    parts = x.new_empty(3, grid[0], width, dtype=torch.float32)
+    parts = x.new_empty(3, _programs("norm_backward", rows), width, dtype=torch.float32)
     of_weight, of_bias, of_below = parts.unbind()
 
     def launch(plain: Tensor, turned: Tensor, scale: Tensor, largest: Tensor, pack: int) -> None:
         call(
-            norm_backward_kernel, grid,
+            norm_backward_kernel, _grid("norm_backward", rows, width),
             x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
             of_weight, of_bias, of_below, count, rows, width,
             BIAS=bias, CAST=site is not None, SUMS=sums, PACK=pack, FAST=x.is_cuda, **TILES["norm_backward"],
@@ -293,7 +295,7 @@ def split_heads_backward(
         3 * wide,
         qkv,
         lambda plain, turned, scale, largest, pack: call(
-            heads_backward_kernel, (programs, 3 * heads.heads),
+            heads_backward_kernel, _in_order("heads_backward", programs, 3 * heads.heads),
             *gradients, qkv, *(heads.scales or (qkv, qkv)), qkv if heads.table is None else heads.table,
             plain, turned, scale, largest, of_scales, parts, count, rows, math.sqrt(heads.width),
             SUMS=sums, PACK=pack, FAST=qkv.is_cuda, **heads.options(), **TILES["heads_backward"],
@@ -317,7 +319,11 @@ def _programs(kernel: str, rows: int) -> int:
 
 
 def _grid(kernel: str, rows: int, columns: int) -> tuple[int, int]:
-    return _programs(kernel, rows), triton.cdiv(columns, TILES[kernel]["COLUMNS"])
+    return _in_order(kernel, _programs(kernel, rows), triton.cdiv(columns, TILES[kernel]["COLUMNS"]))
+
+
+def _in_order(kernel: str, down: int, across: int) -> tuple[int, int]:
+    return (across, down) if TILES[kernel]["ROW_AXIS"] else (down, across)
 
 
 def _room(needed: bool, rows: int, columns: int, like: Tensor) -> Tensor:

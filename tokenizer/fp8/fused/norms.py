@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenizer.fp8.fused.kernels import store_part, store_turned
+from tokenizer.fp8.fused.kernels import load_parts, load_rows, store_part, store_turned
 
 
 @triton.jit
@@ -37,33 +37,37 @@ def statistics_kernel(
 @triton.jit
 def norm_kernel(
     x, weight, bias, means, factors, plain, turned, scale, largest, count, padded, width,
-    BIAS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """(x - mean) * factor * weight + bias of x [count, width]."""
-    row = tl.program_id(0) * (ROWS // PACK) + tl.arange(0, ROWS // PACK)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = columns[None, :] < width
-    times = tl.load(scale)
-    factor_of = tl.load(weight + columns, mask=columns < width, other=0.0)[None, :]
+    top = tl.program_id(ROW_AXIS) * ROWS
+    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
+    exists = column < width - left
+    values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
+    mean_of = load_rows(means + top, count - top, row, PACK)
+    factor_of = load_rows(factors + top, count - top, row, PACK)
+    learned = tl.load(weight + left + column, mask=exists, other=0.0)[None, :]
     if BIAS:
-        more = tl.load(bias + columns, mask=columns < width, other=0.0)[None, :]
+        more = tl.load(bias + left + column, mask=exists, other=0.0)[None, :]
+    times = tl.load(scale)
+    plain += top.to(tl.int64) * width + left
     most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
     last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     for part in tl.static_range(PACK):
-        rows = row * PACK + part
-        place = rows[:, None].to(tl.int64) * width + columns[None, :]
-        inside = (rows[:, None] < count) & exists
-        mean = tl.load(means + rows, mask=rows < count, other=0.0)[:, None]
-        factor = tl.load(factors + rows, mask=rows < count, other=0.0)[:, None]
-        value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor * factor_of
+        value = (values[part].to(tl.float32) - mean_of[part]) * factor_of[part]
         if BIAS:
-            value += more
-        value = tl.where(inside, value, 0.0)
+            value = tl.fma(value, learned, more)
+            value = tl.where((row * PACK + part < count - top)[:, None], value, 0.0)
+        else:
+            value *= learned
         most = tl.maximum(most, tl.abs(value))
-        stored = (rows[:, None] < padded) & exists
-        packed, last = store_part(value, times, plain, place, stored, packed, last, part, PACK, FAST)
-    store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
+        packed, last = store_part(
+            value, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
+        )
+    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
 
 
 @triton.jit
@@ -87,53 +91,60 @@ def slopes_kernel(
 def norm_backward_kernel(
     x, gradient, above, weight, means, factors, along, level, below, plain, turned, scale, largest,
     weight_sums, bias_sums, sums, count, padded, width,
-    BIAS: tl.constexpr, CAST: tl.constexpr, SUMS: tl.constexpr,
-    PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr, CAST: tl.constexpr, SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """below = above + the gradient of x [count, width], from `gradient`, that of its norm.
 
     `below` is rounded too, if CAST. Columns are summed for the norm's weight and bias, and of `below` if SUMS.
     """
-    row = tl.program_id(0) * (ROWS // PACK) + tl.arange(0, ROWS // PACK)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = columns[None, :] < width
-    factor_of = tl.load(weight + columns, mask=columns < width, other=0.0)[None, :]
+    top = tl.program_id(ROW_AXIS) * ROWS
+    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    corner = top.to(tl.int64) * width + left
+    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
+    exists = column < width - left
+    values = load_parts(x + corner, width, count - top, row, column, exists, PACK)
+    slopes = load_parts(gradient + corner, width, count - top, row, column, exists, PACK)
+    others = load_parts(above + corner, width, count - top, row, column, exists, PACK)
+    mean_of = load_rows(means + top, count - top, row, PACK)
+    factor_of = load_rows(factors + top, count - top, row, PACK)
+    along_of = load_rows(along + top, count - top, row, PACK)
+    level_of = load_rows(level + top, count - top, row, PACK)
+    learned = tl.load(weight + left + column, mask=exists, other=0.0)[None, :]
     of_weight = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     of_bias = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     if CAST:
         times = tl.load(scale)
+        plain += corner
         most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
         total = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
         packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
         last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     for part in tl.static_range(PACK):
-        rows = row * PACK + part
-        place = rows[:, None].to(tl.int64) * width + columns[None, :]
-        inside = (rows[:, None] < count) & exists
-        mean = tl.load(means + rows, mask=rows < count, other=0.0)[:, None]
-        factor = tl.load(factors + rows, mask=rows < count, other=0.0)[:, None]
-        value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * factor
-        slope = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        factor = factor_of[part]
+        value = (values[part].to(tl.float32) - mean_of[part]) * factor
+        slope = slopes[part].to(tl.float32)
         of_weight += slope * value
         if BIAS:
             of_bias += slope
-        result = slope * factor_of - value * tl.load(along + rows, mask=rows < count, other=0.0)[:, None]
-        result = (result - tl.load(level + rows, mask=rows < count, other=0.0)[:, None]) * factor
-        result += tl.load(above + place, mask=inside, other=0.0).to(tl.float32)
-        kept = result.to(below.dtype.element_ty)
-        tl.store(below + place, kept, mask=inside)
+        result = slope * learned - (value * along_of[part] + level_of[part])
+        result = tl.fma(result, factor, others[part].to(tl.float32))
+        rows = row * PACK + part
+        inside = (rows[:, None] < count - top) & exists[None, :]
+        place = rows[:, None] * width + column[None, :]
+        tl.store(below + corner + place, result.to(below.dtype.element_ty), mask=inside)
         if CAST:
-            result = tl.where(inside, kept.to(tl.float32), 0.0)
             most = tl.maximum(most, tl.abs(result))
             if SUMS:
                 total += result
-            stored = (rows[:, None] < padded) & exists
-            packed, last = store_part(result, times, plain, place, stored, packed, last, part, PACK, FAST)
-    target = tl.program_id(0) * width + columns
-    tl.store(weight_sums + target, tl.sum(of_weight, axis=0), mask=columns < width)
+            packed, last = store_part(
+                result, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
+            )
+    target = tl.program_id(ROW_AXIS) * width + left + column
+    tl.store(weight_sums + target, tl.sum(of_weight, axis=0), mask=exists)
     if BIAS:
-        tl.store(bias_sums + target, tl.sum(of_bias, axis=0), mask=columns < width)
+        tl.store(bias_sums + target, tl.sum(of_bias, axis=0), mask=exists)
     if CAST:
-        store_turned(packed, turned, row, columns, padded, width, most, largest, PACK)
+        store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
         if SUMS:
-            tl.store(sums + target, tl.sum(total, axis=0), mask=columns < width)
+            tl.store(sums + target, tl.sum(total, axis=0), mask=exists)
