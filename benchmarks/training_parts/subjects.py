@@ -185,14 +185,12 @@ def run_config(setting: Setting, precision: Precision, specs: Specs) -> RunConfi
         gaussians=gaussian_sizes(setting.sizes) if setting.task == ASSET_RECONSTRUCTION else None,
         precision="fp32" if precision == "fp32" else "bf16",
         fp8=setting.fp8 if precision == "fp8" else None,
+        compile=setting.compile,
         megatron={"transformer_impl": specs},
     )
 
 
 def _native(model: TrainedModel, config: RunConfig, setting: Setting) -> Engine:
-    if setting.compile:
-        for block in model.stacks():
-            block.compile()
     objective = make_objective(config, setting.device)
     return TorchEngine(model, objective, config, Processes(setting.device), setting.device, "single")
 

@@ -9,13 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from tests.tokenizer.curriculum_worker import fork, status_of
 from tests.tokenizer.fp8_networks import tiny_config, tiny_network
 from tests.tokenizer.networks import visuals
 from tokenizer.fp8 import FP8Config
@@ -23,6 +29,10 @@ from tokenizer.fp8.backends import fused_blocks
 from tokenizer.fp8.fused import block, scales
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, Scales
 from tokenizer.model.atoken import ATokenNetwork
+from tokenizer.sparse import SparseTokens
+from tokenizer.training.curriculum.model import TrainedModel
+from tokenizer.training.curriculum.tasks import IMAGE_RECONSTRUCTION
+from tokenizer.training.curriculum.torch_engine import share_out
 
 HALF = torch.float16
 STEPS = 2
@@ -49,8 +59,31 @@ def main() -> int:
         output = run(model)
     # Looking on changes nothing: the first step still finds nothing that is known.
     found["without gradients"] = errors({"output": output}, {"output": exact["output"]})
+    with tempfile.TemporaryDirectory() as folder:
+        children = [fork(lambda r=rank: shared_out(r, Path(folder), exact)) for rank in range(2)]  # type: ignore[misc]
+        assert [status_of(child) for child in children] == [0, 0]
+        found["fsdp2"] = json.loads((Path(folder) / "errors.json").read_text())
     print(json.dumps(found))
     return 0
+
+
+def shared_out(rank: int, folder: Path, exact: dict[str, Tensor]) -> None:
+    """The same in one of two processes that share parameters out; both see the same tokens."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    model = TrainedModel(network(), None, None)
+    kept = fuse(model.network, "delayed")
+    share_out(model, torch.device("cpu"))
+    found = gradients(model.network, kept, lambda: reconstruct(model))
+    assert all(isinstance(gradient, DTensor) for name, gradient in found.items() if name != "output")
+    whole = {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in found.items()}
+    if rank == 0:
+        (folder / "errors.json").write_text(json.dumps(errors(whole, exact)))
+    dist.destroy_process_group()
+
+
+def reconstruct(model: TrainedModel) -> Tensor:
+    decoded: Tensor = model(images(), IMAGE_RECONSTRUCTION)["decoded"]
+    return decoded
 
 
 def network() -> ATokenNetwork:
@@ -70,16 +103,21 @@ def fuse(model: ATokenNetwork, recipe: Literal["tensorwise", "delayed"]) -> Scal
     return fused_blocks(model, names, FP8Config(fp8_recipe=recipe, fp8_margin=2), torch.device("cpu"))
 
 
+def images() -> SparseTokens:
+    return visuals((12, 20), (16, 8), seed=0, dtype=torch.float32)
+
+
 def run(model: ATokenNetwork) -> Tensor:
-    tokens = visuals((12, 20), (16, 8), seed=0, dtype=torch.float32)
-    return model.decode(model.encode(tokens).latents).features
+    return model.decode(model.encode(images()).latents).features
 
 
-def gradients(model: ATokenNetwork, kept: Scales | None = None) -> dict[str, Tensor]:
+def gradients(
+    model: ATokenNetwork, kept: Scales | None = None, forward: Callable[[], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Of the last of some steps without an optimizer, and the "output"."""
     for _ in range(STEPS):
         model.zero_grad()
-        output = run(model)
+        output = run(model) if forward is None else forward()
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         if kept is not None:
             kept.move_on()
@@ -92,4 +130,5 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the threads of products do not survive a fork
     sys.exit(main())

@@ -1,15 +1,21 @@
-"""`torch.compile` takes encoder and decoder whole, and once for many batches."""
+"""`torch.compile` takes encoder and decoder whole, and once for many batches; a run trains with compiled blocks."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.tokenizer.curriculum_data import lines, make_sets, pictures_alone
 from tests.tokenizer.networks import random_latents, random_network, visuals
 from tokenizer.model.plan import tile_plan
 from tokenizer.sparse import SparseTokens
+from tokenizer.training.curriculum import records
+from tokenizer.training.curriculum.launch import train
+from tokenizer.training.curriculum.start import load_previous
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +68,27 @@ def test_new_batches_of_known_shapes_do_not_compile_again() -> None:
         tokens = visuals((rows, 12), (20, 8, 4))
         compiled(tokens.features, tile_plan(tokens, 4))
     assert compilations <= 4
+
+
+def test_a_run_trains_the_same_with_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sets(tmp_path, videos=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, "has_tensorboard", lambda: False)
+    compilations = 0
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    losses = []
+    for out in ("plain", "compiled"):
+        assert compilations == 0
+        config = pictures_alone("steps=3", f"compile={str(out == 'compiled').lower()}", f"out={out}")
+        assert train(config, torch.device("cpu")) == 0
+        losses.append([line["loss"] for line in lines(tmp_path / out / "metrics.jsonl") if "loss" in line])
+    assert compilations >= 2, "encoder and decoder"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    names = [set(load_previous(out).network.state_dict()) for out in ("plain", "compiled")]
+    assert names[0] == names[1]

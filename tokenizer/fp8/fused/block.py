@@ -47,6 +47,9 @@ class FusedBlock(Block):
         self._rounded: tuple[list[int], list[Operand]] | None = None
         self.train(block.training)
 
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Nothing: what is fused by hand has no use for a compiler."""
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self, x: Tensor, plan: Plan, rotary: Rotary | None, cache: BlockCache | None = None

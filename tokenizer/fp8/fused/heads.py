@@ -50,7 +50,8 @@ def heads_kernel(
     source = qkv + top.to(tl.int64) * (3 * wide) + part * wide + (row[:, None] * (3 * wide) + lane[None, :])
     target = target + top.to(tl.int64) * wide + (row[:, None] * wide + lane[None, :])
     if ROTARY:
-        angles = tl.load(table + top.to(tl.int64) * WIDTH + (row[:, None] * WIDTH + lane[None, :]), mask=inside, other=0.0)
+        table += top.to(tl.int64) * WIDTH
+        angles = tl.load(table + (row[:, None] * WIDTH + lane[None, :]), mask=inside, other=0.0)
     following = tl.load(source, mask=inside, other=0.0)
     for head in range(HEADS):
         value = following.to(tl.float32)
@@ -127,6 +128,7 @@ def heads_backward_kernel(
     top = band * ROWS
     start = top.to(tl.int64) * wide + (head % HEADS) * WIDTH
     corner = top.to(tl.int64) * (3 * wide) + head * WIDTH
+    table += top.to(tl.int64) * WIDTH
     lane = tl.arange(0, 2 * HALF)
     exists = lane < WIDTH
     if third == 2:
@@ -139,7 +141,7 @@ def heads_backward_kernel(
         if third == 1:
             above, scales = key_gradient, key_scale
         packed, most, total, of_scales = round_head(
-            above + start, qkv + corner, scales + (head % HEADS) * WIDTH, table + top.to(tl.int64) * WIDTH, plain + corner, scale,
+            above + start, qkv + corner, scales + (head % HEADS) * WIDTH, table, plain + corner, scale,
             count - top, padded - top, root, NORM, ROTARY, SUMS, wide, WIDTH, HALF, PACK, FAST, ROWS,
         )  # fmt: skip
     store_turned(

@@ -29,7 +29,8 @@ def load_parts(x, stride, rows_left, row, column, exists, PACK: tl.constexpr):
     for part in tl.static_range(PACK):
         rows = row * PACK + part
         inside = (rows[:, None] < rows_left) & exists[None, :]
-        parts = parts + (tl.load(x + (rows[:, None] * stride + column[None, :]), mask=inside, other=0.0),)  # noqa: RUF005
+        part_of_x = tl.load(x + (rows[:, None] * stride + column[None, :]), mask=inside, other=0.0)
+        parts += (part_of_x,)  # type: ignore[assignment]
     return parts
 
 
@@ -39,7 +40,7 @@ def load_rows(x, rows_left, row, PACK: tl.constexpr):
     parts = ()
     for part in tl.static_range(PACK):
         rows = row * PACK + part
-        parts = parts + (tl.load(x + rows, mask=rows < rows_left, other=0.0)[:, None],)  # noqa: RUF005
+        parts += (tl.load(x + rows, mask=rows < rows_left, other=0.0)[:, None],)  # type: ignore[assignment]
     return parts
 
 

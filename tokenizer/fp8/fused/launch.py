@@ -314,12 +314,11 @@ def _whole_row(width: int) -> dict[str, int]:
 
 
 def _programs(kernel: str, rows: int) -> int:
-    count: int = triton.cdiv(rows, TILES[kernel]["ROWS"])
-    return count
+    return -(-rows // TILES[kernel]["ROWS"])
 
 
 def _grid(kernel: str, rows: int, columns: int) -> tuple[int, int]:
-    return _in_order(kernel, _programs(kernel, rows), triton.cdiv(columns, TILES[kernel]["COLUMNS"]))
+    return _in_order(kernel, _programs(kernel, rows), -(-columns // TILES[kernel]["COLUMNS"]))
 
 
 def _in_order(kernel: str, down: int, across: int) -> tuple[int, int]:

@@ -180,6 +180,9 @@ class RunConfig:
     precision: "bf16" computes in bfloat16 where it can; parameters stay float32.
     fp8: linear layers of the blocks compute in FP8, in every engine; `{}` takes the defaults of `FP8Config`. The
         utilisation stays a share of what bfloat16 could do.
+    compile: the transformers' blocks, by torch's compiler: fewer passes over memory, and minutes at the start and with
+        the first batches of another kind; on a GPU it pays from some hundred steps on. Blocks that `fp8.backend=triton`
+        fuses are not compiled, Megatron's layers neither.
     engine: "auto" is "ddp" in several processes (torchrun), else "single"; "fsdp2" shares parameters out too.
     seed: of weights, data and noise.
     out: folder of the run.
@@ -211,6 +214,7 @@ class RunConfig:
     accumulation: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     fp8: FP8Config | None = None
+    compile: bool = False
     engine: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
     seed: int = 0
     loader: str = "shards"

@@ -81,8 +81,11 @@ class TorchEngine:
         self._device = device
         # Before parameters are shared out: backends take whole ones.
         self.conversion = convert(self.model, config.fp8, device) if config.fp8 is not None else None
+        if config.compile:
+            for block in self.model.stacks():
+                block.compile()
         if layout == "fsdp2":
-            _share_out(self.model, device)
+            share_out(self.model, device)
         self.optimizers = make_optimizers(self.model, config.optimizer, shared=layout == "fsdp2")
         self._owner = {
             parameter: number
@@ -231,7 +234,7 @@ class TorchEngine:
             save_trained(model, folder)
 
 
-def _share_out(model: TrainedModel, device: torch.device) -> None:
+def share_out(model: TrainedModel, device: torch.device) -> None:
     """Shard parameters over all processes (FSDP2), a block at a time, and what is left with the whole model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
