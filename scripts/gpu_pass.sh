@@ -36,6 +36,8 @@ run assets python3 -m benchmarks.assets --device cuda --out "$results/assets-$de
 run fp8 python3 -m benchmarks.fp8 --device cuda --out "$results/fp8-$device.json"
 run fp8-compiled python3 -m benchmarks.fp8 --device cuda --compile --backend torchao \
     --out "$results/fp8-compiled-$device.json"
+run fp8-passes python3 -m benchmarks.fp8_passes --device cuda --out "$results/fp8-passes-$device.json"
+run fp8-tiles python3 -m benchmarks.fp8_passes --device cuda --tiles --out "$results/fp8-tiles-$device.json"
 native=(python3 -m benchmarks.training --device cuda --fp8 --compile --fp8-recipe delayed --fp8-backend triton --apart
     --engines native)
 run training-so400m-c "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 \

@@ -21,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.fp8_passes import block_scales, passes
 from tests.tokenizer.curriculum_worker import fork, status_of
 from tests.tokenizer.fp8_networks import tiny_config, tiny_network
 from tests.tokenizer.networks import visuals
 from tokenizer.fp8 import FP8Config
 from tokenizer.fp8.backends import fused_blocks
 from tokenizer.fp8.fused import block, scales
+from tokenizer.fp8.fused.launch import TILES
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, Scales
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.sparse import SparseTokens
@@ -63,6 +65,11 @@ def main() -> int:
         children = [fork(lambda r=rank: shared_out(r, Path(folder), exact)) for rank in range(2)]  # type: ignore[misc]
         assert [status_of(child) for child in children] == [0, 0]
         found["fsdp2"] = json.loads((Path(folder) / "errors.json").read_text())
+    for transformer in model.transformers():
+        timed = passes(transformer.config, 23, torch.device("cpu"), block_scales(torch.device("cpu")))
+        assert {one.tile for one in timed} == set(TILES), "the benchmark has them all"
+        for one in timed:
+            one.call()
     print(json.dumps(found))
     return 0
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.fp8_passes import fastest, main
 from tests.tokenizer.fp8_networks import tiny_network
 from tokenizer.errors import InputError
 from tokenizer.fp8 import FP8Config
@@ -151,3 +152,11 @@ def test_histories_go_on_from_a_checkpoint() -> None:
         Scales(DELAYED, ["a"], CPU).load_state_dict(scales.state_dict())
     with pytest.raises(InputError, match="fp8_amax_history_len"):
         Scales(FP8Config(fp8_recipe="delayed"), ["a", "b"], CPU).load_state_dict(scales.state_dict())
+
+
+def test_tiles_are_ranked_by_all_that_runs_with_them(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = {"tile": "cast", "ROWS": 64}, {"tile": "cast", "ROWS": 128}
+    records = [first | {"ms": 2.0}, second | {"ms": 1.0}, first | {"ms": 1.0}, second | {"ms": 1.5}]
+    assert fastest(records) == [second | {"ms": 2.5}, first | {"ms": 3.0}]
+    assert main(["--device", "cpu"]) == 1
+    assert "needs CUDA" in capsys.readouterr().err
