@@ -5,6 +5,7 @@ Torch is imported once; every run is a fork of this process, which a test can ki
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -72,11 +73,14 @@ def _wait_for_lines(path: Path, more: int) -> None:
         time.sleep(0.001)
 
 
-def steps(layout: Layout, rank: int, world: int, folder: Path) -> None:
-    """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt."""
+def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool = False) -> None:
+    """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt, or LAYOUT-compiled-RANK.pt."""
+    name = f"{layout}-compiled" if compiled else layout
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/{layout}", rank=rank, world_size=world)
-    start = ("start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world)
+    if compiled:  # what is made of the graphs is not the question here, and would take minutes
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    start = ("start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4", f"compile={str(compiled).lower()}")
     config = smoke(3, f"accumulation={2 // world}", *start, *IMITATING)
     processes = Processes(CPU)
     tower = StubTower()
@@ -91,12 +95,12 @@ def steps(layout: Layout, rank: int, world: int, folder: Path) -> None:
         assert engine.clip_and_step(step, found["loss"]).done
         losses.append(found)
     state = engine.state_dict()
-    torch.save({"losses": losses, **state}, folder / f"{layout}-{rank}.pt")
+    torch.save({"losses": losses, **state}, folder / f"{name}-{rank}.pt")
     # A checkpoint is whole: another layout could go on with it, and so can this one.
     engine.load_state_dict(torch.load(folder / "single-0.pt"))
     again = engine.state_dict()
     if rank == 0:
-        torch.save(again, folder / f"{layout}-loaded.pt")
+        torch.save(again, folder / f"{name}-loaded.pt")
     if world > 1:
         dist.destroy_process_group()
 
@@ -104,8 +108,12 @@ def steps(layout: Layout, rank: int, world: int, folder: Path) -> None:
 def layouts(folder: Path) -> None:
     """The same steps in one process that takes batches twice, and in two that share gradients, or weights too."""
     assert status_of(fork(lambda: steps("single", 0, 1, folder))) == 0
-    for layout in ("ddp", "fsdp2"):
-        children = [fork(lambda r=rank, k=layout: steps(k, r, 2, folder)) for rank in range(2)]  # type: ignore[misc]
+    kinds: tuple[tuple[Layout, bool], ...] = (("ddp", False), ("fsdp2", False), ("fsdp2", True))
+    for layout, compiled in kinds:
+        children = [
+            fork(lambda r=rank, k=layout, c=compiled: steps(k, r, 2, folder, compiled=c))  # type: ignore[misc]
+            for rank in range(2)
+        ]
         assert [status_of(child) for child in children] == [0, 0]
 
 
