@@ -180,9 +180,9 @@ class RunConfig:
     precision: "bf16" computes in bfloat16 where it can; parameters stay float32.
     fp8: linear layers of the blocks compute in FP8, in every engine; `{}` takes the defaults of `FP8Config`. The
         utilisation stays a share of what bfloat16 could do.
-    compile: the transformers' blocks, by torch's compiler: fewer passes over memory, and minutes at the start and with
-        the first batches of another kind; on a GPU it pays from some hundred steps on. Blocks that `fp8.backend=triton`
-        fuses are not compiled, Megatron's layers neither.
+    compile: the transformers' blocks, by torch's compiler: fewer passes over memory, while the first batches of a kind
+        take longer. Made for CUDA; on a CPU, batches with another number of lengths are compiled anew, eight at most.
+        Blocks that `fp8.backend=triton` fuses are left as they are, and Megatron's layers.
     engine: "auto" is "ddp" in several processes (torchrun), else "single"; "fsdp2" shares parameters out too.
     seed: of weights, data and noise.
     out: folder of the run.
