@@ -27,8 +27,7 @@ from tests.tokenizer.fp8_networks import tiny_config, tiny_network
 from tests.tokenizer.networks import visuals
 from tokenizer.fp8 import FP8Config
 from tokenizer.fp8.backends import fused_blocks
-from tokenizer.fp8.fused import block, scales
-from tokenizer.fp8.fused.launch import TILES
+from tokenizer.fp8.fused import block, launch, scales
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, Scales
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.sparse import SparseTokens
@@ -67,11 +66,27 @@ def main() -> int:
         found["fsdp2"] = json.loads((Path(folder) / "errors.json").read_text())
     for transformer in model.transformers():
         timed = passes(transformer.config, 23, torch.device("cpu"), block_scales(torch.device("cpu")))
-        assert {one.tile for one in timed} == set(TILES), "the benchmark has them all"
+        assert {one.tile for one in timed} == set(launch.TILES), "the benchmark has them all"
         for one in timed:
             one.call()
+    what_is_broken_stays_broken()
     print(json.dumps(found))
     return 0
+
+
+def what_is_broken_stays_broken() -> None:
+    """Infinities and NaN become NaN both ways, and nothing else does; the step is not remembered."""
+    kept = block_scales(torch.device("cpu"))
+    x = torch.randn(23, 80, generator=torch.Generator().manual_seed(0))
+    x[3, 7], x[4, 7], x[22, 79], x[0, 0] = torch.inf, -torch.inf, torch.nan, 0.0
+    for _ in range(2):  # without a history and with one
+        operand, sums = launch.cast(x.bfloat16(), launch.Site(kept, 0), sums=True)
+        assert torch.equal(operand.plain[:23].isnan(), ~x.isfinite())
+        assert torch.equal(operand.turned.T.nan_to_num(-7.0), operand.plain.nan_to_num(-7.0))
+        assert sums is not None
+        assert torch.equal(sums.isfinite(), x.isfinite().all(0))
+        kept.move_on()
+        assert not kept.history.any()
 
 
 def shared_out(rank: int, folder: Path, exact: dict[str, Tensor]) -> None:
