@@ -72,12 +72,16 @@ def _run(report: Record, options: argparse.Namespace, device: torch.device, cons
     choices = FP8Config(fp8_recipe=options.fp8_recipe, backend=options.fp8_backend)
     fp8 = _with_fp8(engines, specs, choices, report, device, console) if options.fp8 else []
     kind = torch.float32 if precision == "fp32" else torch.bfloat16
-    report |= {"task": options.task, "attention": attention_backend(device, kind), "megatron layers": specs}
+    by_cudnn = options.attention == "cudnn" and device.type == "cuda"
+    attention = "cudnn" if by_cudnn else attention_backend(device, kind)
+    report |= {"task": options.task, "attention": attention, "megatron layers": specs}
     report |= {"compiled": options.compile, "steps": options.steps, "records": []}
     for model in options.model or MODELS[device.type]:
         sizes = _sizes(model, options.depth, console)
         tokens = options.tokens or TOKENS[device.type].get(model, OTHER_TOKENS[device.type])
-        setting = Setting(sizes, options.task, tokens, options.micro_batches, device, options.compile, choices)
+        setting = Setting(
+            sizes, options.task, tokens, options.micro_batches, device, options.compile, options.attention, choices
+        )
         megatron: AbstractContextManager[None] = nullcontext()
         if "megatron" in engines:
             megatron = megatron_process(setting, specs)
@@ -186,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp8-recipe", default="tensorwise", choices=("tensorwise", "delayed"))
     parser.add_argument("--fp8-backend", default="auto", choices=("auto", "transformer_engine", "torchao", "triton"))
     parser.add_argument("--compile", action="store_true", help="the native engine's blocks; torchao is slow without")
+    parser.add_argument(
+        "--attention", default="varlen", choices=("varlen", "cudnn"), help="of the native engine on CUDA"
+    )
     parser.add_argument("--apart", action="store_true", help="one model after the other, where a GPU cannot hold two")
     parser.add_argument("--task", default=IMAGE_RECONSTRUCTION, choices=TASKS)
     parser.add_argument("--depth", type=int, help="blocks of encoder and decoder, where the whole model is too slow")

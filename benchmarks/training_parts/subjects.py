@@ -43,7 +43,7 @@ class Setting:
     """What all engines step on.
 
     sizes: of the model. task: of the batches. tokens: budget of a micro-batch. micro_batches: of a step.
-    compile: the blocks of the native engine. fp8: what "fp8" means.
+    compile, attention: of the native engine, as a run's. fp8: what "fp8" means.
     """
 
     sizes: ATokenConfig
@@ -52,6 +52,7 @@ class Setting:
     micro_batches: int
     device: torch.device
     compile: bool = False
+    attention: Literal["varlen", "cudnn"] = "varlen"
     fp8: FP8Config = field(default_factory=FP8Config)
 
 
@@ -186,6 +187,7 @@ def run_config(setting: Setting, precision: Precision, specs: Specs) -> RunConfi
         precision="fp32" if precision == "fp32" else "bf16",
         fp8=setting.fp8 if precision == "fp8" else None,
         compile=setting.compile,
+        attention=setting.attention,
         megatron={"transformer_impl": specs},
     )
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from tests.tokenizer.networks import random_latents, random_network, visuals
 from tokenizer.model import attention
 from tokenizer.model.attention import attend, attention_backend
 from tokenizer.model.context import Tiling
 from tokenizer.model.plan import Segments, tile_plan
+from tokenizer.model.transformer import Attention
 from tokenizer.sparse import SparseTokens
 
 LENGTHS = ([2, 2, 2, 5, 5, 9], [2, 2, 7, 5, 5, 3])
@@ -145,3 +149,45 @@ def test_choosing_the_kernel_does_not_break_the_graph(monkeypatch: pytest.Monkey
     compiled = torch.compile(choose, fullgraph=True, backend="eager")
     assert float(compiled(torch.zeros(()))) == 2
     torch.compiler.reset()
+
+
+def test_segments_of_one_length_run_by_cudnn_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network()
+    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    batches = [visuals(*shapes) for shapes in (((8, 12), (8, 12)), ((8, 8),) * 3, ((16, 8),) * 5, SHAPES, SHAPES[1:])]
+    expected = [network.encoder(tokens.features, tile_plan(tokens, 4))[0] for tokens in batches]
+    use_stand_in(monkeypatch, "torch varlen")
+    monkeypatch.setattr(attention, "_CUDNN", SDPBackend.MATH)  # the CPU's, to see that the choice is obeyed
+    batched, compilations = list[int](), 0
+
+    def spy(*arguments: Any) -> Tensor:
+        batched.append(arguments[-1].runs[0][0])
+        return by_runs(*arguments)
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    by_runs = attention._batched_runs
+    for layer in layers:
+        layer.cudnn = True
+    for name in ("plain", "compiled"):
+        encoder: Callable[..., tuple[Tensor, ...]] = network.encoder
+        if name == "plain":
+            monkeypatch.setattr(attention, "_batched_runs", spy)
+        else:
+            monkeypatch.setattr(attention, "_batched_runs", by_runs)
+            torch.compiler.reset()
+            encoder = torch.compile(network.encoder, fullgraph=True, backend=count)
+        for tokens, features in zip(batches, expected, strict=True):
+            fresh = SparseTokens(tokens.features, tokens.positions, tokens.lengths)
+            found = encoder(fresh.features, tile_plan(fresh, 4))[0]
+            torch.testing.assert_close(found, features, rtol=0, atol=1e-12)
+    known = compilations
+    for shapes in (((12, 8),) * 4, ((16, 16),) * 6, ((20, 8),) * 3):
+        tokens = visuals(*shapes)
+        encoder(tokens.features, tile_plan(tokens, 4))
+    torch.compiler.reset()
+    assert batched == [count for count in (2, 3, 5) for _ in network.encoder.transformer.blocks]
+    assert compilations == known, "once sizes are symbols, one graph has them all"

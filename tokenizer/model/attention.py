@@ -1,7 +1,8 @@
 """Exact softmax attention inside segments, without padding: the one place where a kernel is chosen.
 
-On CUDA in half precision flash-attn's or torch's varlen kernel runs all segments at once from their offsets. Everywhere
-else segments of equal length, which a plan lays side by side, run as one batched scaled dot product each.
+On CUDA in half precision flash-attn's or torch's varlen kernel runs all segments at once from their offsets, or cuDNN's
+where it is asked for and all have one length. Everywhere else segments of equal length, which a plan lays side by side,
+run as one batched scaled dot product each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenizer.model.plan import Segments
 
@@ -24,15 +26,20 @@ _HOMES = {
 """Varlen kernels, best first: module and function. They take the same arguments."""
 _KERNELS: dict[str, Callable[..., Any] | None] = {}
 """Those looked for so far; None for one that is not there. Compiled code finds its kernel here without importing."""
+_CUDNN = SDPBackend.CUDNN_ATTENTION
+_CUDNN_WIDTH = 128
+"""The widest heads of cuDNN's kernel forward and backward; their width is a multiple of 8."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, cudnn: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v, each query over the keys of its own segment.
 
     Args:
         query: [Nq, H, Dh] in segment order.
         key, value: [Nk, H, Dh] in segment order.
         segments: offsets of queries and keys.
+        cudnn: on CUDA in half precision, run segments of one length by cuDNN. It plans anew for each number and length
+            of segments, which takes longer than many calls: for batches that look alike.
 
     Returns:
         [Nq, H, Dh], the dtype of `query`.
@@ -40,6 +47,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ten
     backend = attention_backend(query.device, query.dtype)
     if backend == "torch sdpa":
         return _batched_runs(query, key, value, segments)
+    if cudnn and segments.alike and query.shape[-1] <= _CUDNN_WIDTH and query.shape[-1] % 8 == 0:
+        with sdpa_kernel(_CUDNN):
+            return _batched_runs(query, key, value, segments)
     return varlen_attention(backend, query, key, value, segments)
 
 

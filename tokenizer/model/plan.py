@@ -24,6 +24,7 @@ class Segments:
     runs: (count, queries, keys) of consecutive segments with equal lengths, host numbers.
     query_offsets / key_offsets: cumulative lengths, [S + 1] int32 on the device, as varlen kernels want them.
     max_queries / max_keys: the longest segment.
+    alike: whether all have one length; a fact of its own, for compilers take the number of runs for a constant.
     """
 
     runs: tuple[tuple[int, int, int], ...]
@@ -31,6 +32,7 @@ class Segments:
     key_offsets: Tensor
     max_queries: int
     max_keys: int
+    alike: bool
 
     @classmethod
     def from_lengths(cls, queries: Tensor, keys: Tensor, device: torch.device) -> Segments:
@@ -44,6 +46,7 @@ class Segments:
             key_offsets=_send(_cumulative(keys), device),
             max_queries=max((q for _, q, _ in runs), default=0),
             max_keys=max((k for _, _, k in runs), default=0),
+            alike=len(runs) == 1,
         )
 
 

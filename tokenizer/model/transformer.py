@@ -66,11 +66,16 @@ def make_norm(kind: str, width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the segments of a plan."""
+    """Multi-head attention over the segments of a plan.
+
+    Attributes:
+        cudnn: see `tokenizer.model.attention.attend`.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads, self.head_width = config.heads, config.head_width
+        self.cudnn = False
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.out = nn.Linear(config.width, config.width, bias=config.bias)
         self.query_norm = HeadNorm(config.heads, config.head_width) if config.qk_norm else None
@@ -88,7 +93,8 @@ class Attention(nn.Module):
             key, value, next_cache = _with_context(key, value, plan, cache)
         if rotary is not None:
             query, key = rotate(query, rotary[0]), rotate(key, rotary[1])
-        return self.out(attend(query, key, value, plan.segments).flatten(1)), next_cache
+        attended = attend(query, key, value, plan.segments, cudnn=self.cudnn)
+        return self.out(attended.flatten(1)), next_cache
 
 
 def _with_context(

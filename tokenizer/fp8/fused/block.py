@@ -65,7 +65,7 @@ class FusedBlock(Block):
                 x.bfloat16(), self, weights[_QKV], heads, remember,
                 *_parameters(self.attention_norm, self.attention.qkv), *(heads.scales or (None, None)),
             )  # fmt: skip
-            attended = attend(query, key, value, plan.segments)
+            attended = attend(query, key, value, plan.segments, cudnn=self.attention.cudnn)
             result: Tensor = _Rest.apply(  # type: ignore[no-untyped-call]
                 attended.flatten(1), stream, self, weights, remember,
                 *_parameters(self.attention.out, self.mlp_norm, self.mlp.up, self.mlp.down),

@@ -183,6 +183,8 @@ class RunConfig:
     compile: the transformers' blocks, by torch's compiler: fewer passes over memory, while the first batches of a kind
         take longer. Made for CUDA; on a CPU, batches with another number of lengths are compiled anew, eight at most.
         Blocks that `fp8.backend=triton` fuses are left as they are, and Megatron's layers.
+    attention: "cudnn" runs batches whose images, clips or assets all have one number of tokens by cuDNN's kernel, which
+        plans anew for each such number and batch size; for runs at few sizes, on CUDA. Megatron has its own.
     engine: "auto" is "ddp" in several processes (torchrun), else "single"; "fsdp2" shares parameters out too.
     seed: of weights, data and noise.
     out: folder of the run.
@@ -215,6 +217,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     fp8: FP8Config | None = None
     compile: bool = False
+    attention: Literal["varlen", "cudnn"] = "varlen"
     engine: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
     seed: int = 0
     loader: str = "shards"

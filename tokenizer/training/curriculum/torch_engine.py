@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.fp8 import convert
+from tokenizer.model.transformer import Attention
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.engine import Outcome
@@ -57,7 +58,8 @@ class TorchEngine:
         layout: "single" for one process alone.
 
     Raises:
-        InputError: several processes and "single", Muon and "fsdp2", or FP8 that no backend here computes.
+        InputError: several processes and "single", Muon and "fsdp2", cuDNN that is not there, or FP8 that no backend
+            here computes.
 
     Attributes:
         conversion: what computes in FP8, or None.
@@ -81,6 +83,8 @@ class TorchEngine:
         self._device = device
         # Before parameters are shared out: backends take whole ones.
         self.conversion = convert(self.model, config.fp8, device) if config.fp8 is not None else None
+        if config.attention == "cudnn":
+            _attend_by_cudnn(self.model, device)
         if config.compile:
             for block in self.model.stacks():
                 block.compile()
@@ -232,6 +236,14 @@ class TorchEngine:
             return
         with self.averaged():
             save_trained(model, folder)
+
+
+def _attend_by_cudnn(model: TrainedModel, device: torch.device) -> None:
+    if device.type == "cuda" and not torch.backends.cudnn.is_available():
+        raise InputError("attention is cudnn, but this torch comes without cuDNN; use attention=varlen")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.cudnn = True
 
 
 def share_out(model: TrainedModel, device: torch.device) -> None:
