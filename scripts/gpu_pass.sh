@@ -42,6 +42,8 @@ native=(python3 -m benchmarks.training --device cuda --fp8 --compile --fp8-recip
     --engines native)
 run training-so400m-c "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 \
     --out "$results/training-so400m-c-$device.json"
+run training-so400m-c-cudnn "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 --attention cudnn \
+    --out "$results/training-so400m-c-cudnn-$device.json"
 run training-base "${native[@]}" --model base --tokens 65536 --micro-batches 2 \
     --out "$results/training-base-$device.json"
 if python3 -c 'import torch, transformer_engine.pytorch' 2>/dev/null; then

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tokenizer.networks import random_latents, random_network, visuals
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
+from tokenizer.model import attention
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.attention import attention_backend
 from tokenizer.model.config import ATokenConfig, FSQConfig, TransformerConfig
 from tokenizer.model.context import Tiling
 from tokenizer.model.plan import tile_plan
+from tokenizer.model.transformer import Attention
 from tokenizer.parity.recording import Recording
 from tokenizer.parity.runner import check
 from tokenizer.patches import visuals_to_tokens
@@ -159,7 +162,18 @@ def test_compiled_training_step() -> None:
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_gradients_of_the_fast_kernel_agree_with_float32() -> None:
+@pytest.mark.parametrize("cudnn", [False, True])
+def test_gradients_of_the_fast_kernel_agree_with_float32(cudnn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((64, 96),) * 3 if cudnn else SHAPES
+    calls = 0
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return batched(*arguments)
+
+    batched = attention._batched_runs
+
     def gradient(network: ATokenNetwork, tokens: SparseTokens) -> torch.Tensor:
         network.requires_grad_(True)
         encoding = network.encode(tokens)
@@ -169,9 +183,15 @@ def test_gradients_of_the_fast_kernel_agree_with_float32() -> None:
         assert weight.grad is not None
         return weight.grad.float().cpu()
 
-    exact = gradient(network_of(), batch(*SHAPES))
-    ours = gradient(network_of().to("cuda", torch.bfloat16), batch(*SHAPES).to("cuda"))
+    exact = gradient(network_of(), batch(*shapes))
+    monkeypatch.setattr(attention, "_batched_runs", counted)
+    network = network_of().to("cuda", torch.bfloat16)
+    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        layer.cudnn = cudnn
+    ours = gradient(network, batch(*shapes).to("cuda"))
     assert distance(ours, exact) < 2 * BFLOAT16_TOLERANCE
+    assert calls == (len(layers) if cudnn else 0)
 
 
 def test_float64_is_exact_on_the_device() -> None:
