@@ -1,12 +1,12 @@
 """FP8 beside bfloat16: on CUDA how fast, on a CPU (where FP8 is emulated) how exact.
 
     python -m benchmarks.fp8                      # on CUDA: single layers, then training steps, in tokens/s
-    python -m benchmarks.fp8 --train 200          # on a CPU: losses of nano after 200 steps too (half an hour)
+    python -m benchmarks.fp8 --train 200 --seeds 4    # on a CPU: losses of nano after 200 steps too (an hour)
 
-What trains is the whole nano, from one start on the same crops; losses are means of the last tenth of the steps. On
-CUDA, layers are the four linear layers of a block, forward and backward, at packed token counts that are a multiple
-of 16 and at ones that are not (and so are padded). A step is encode, decode, L1 and both backward passes under bfloat16
-autocast. Calls take turns, so that their quotients are worth something.
+What trains is the whole nano, from one start for each seed, on the same crops; losses are means of the last tenth of
+the steps, and over the seeds. On CUDA, layers are the four linear layers of a block, forward and backward, at packed
+token counts that are a multiple of 16 and at ones that are not (and so are padded). A step is encode, decode, L1 and
+both backward passes under bfloat16 autocast. Calls take turns, so that their quotients are worth something.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,14 +107,15 @@ def picture_batch(pixels: Tensor, config: ATokenConfig, seed: int, crops: int, s
 
 
 def training_losses(
-    config: ATokenConfig, fp8: FP8Config | None, steps: int, *, crops: int, side: int, rate: float = 1e-3
+    config: ATokenConfig, fp8: FP8Config | None, steps: int, *, crops: int, side: int, rate: float = 1e-3, seed: int = 0
 ) -> list[float]:
     """L1 of each of `steps` training steps on crops of the demo's picture, in bfloat16 without `fp8`.
 
-    Start and data are the same whatever `fp8` is. The rate rises for 20 steps and falls to zero as a cosine.
+    Start (drawn by `seed`) and data are the same whatever `fp8` is. The rate rises for 20 steps and falls to zero as a
+    cosine.
     """
     network = ATokenNetwork(config)
-    network.reset_parameters(torch.Generator().manual_seed(0))
+    network.reset_parameters(torch.Generator().manual_seed(seed))
     if fp8 is not None:
         convert(network, fp8, torch.device("cpu"))
     pixels = torch.from_numpy(load_image(PICTURE)).float() / 127.5 - 1
@@ -144,17 +146,24 @@ def late_loss(losses: list[float]) -> float:
     return sum(late) / len(late)
 
 
-def accuracy_records(train: int, crops: int, side: int) -> list[Record]:
-    """Errors of single products, and with `train` steps the late loss of nano over that in bfloat16."""
-    nano = functools.partial(training_losses, CONFIGS["nano"], steps=train, crops=crops, side=side)
-    plain = late_loss(nano(None)) if train else None
+def accuracy_records(train: int, crops: int, side: int, seeds: int = 1) -> list[Record]:
+    """Errors of single products; with `train` steps also the late loss of nano beside bfloat16's, of all seeds."""
+
+    def late_losses(fp8: FP8Config | None) -> list[float]:
+        nano = functools.partial(training_losses, CONFIGS["nano"], fp8, train, crops=crops, side=side)
+        return [late_loss(nano(seed=seed)) for seed in range(seeds)]
+
+    plain = late_losses(None) if train else []
     records = []
     for fp8_format, recipe in RECIPES:
         config = FP8Config(fp8_format=fp8_format, fp8_recipe=recipe, backend="emulated")
         record: Record = {"format": fp8_format, "recipe": recipe, **product_errors(config)}
-        if plain is not None:
-            loss = late_loss(nano(config))
-            record |= {"loss": loss, "bf16 loss": plain, "loss / bf16": loss / plain}
+        if plain:
+            losses = late_losses(config)
+            record |= {"loss": statistics.fmean(losses), "bf16 loss": statistics.fmean(plain)}
+            record |= {"loss / bf16": record["loss"] / record["bf16 loss"]}
+            ratios = [mine / other for mine, other in zip(losses, plain, strict=True)]
+            record |= {"lowest": min(ratios), "highest": max(ratios)}
         records.append(record)
     return records
 
@@ -253,7 +262,7 @@ def main(arguments: list[str]) -> int:
             console.print("no CUDA here: FP8 is emulated, which says how exact it is and nothing of its speed")
             if options.train:  # whose sizes may change after a measurement
                 report["trained"] = config_to_dict(CONFIGS["nano"])
-            report["accuracy"] = accuracy_records(options.train, options.crops, options.side)
+            report["accuracy"] = accuracy_records(options.train, options.crops, options.side, options.seeds)
         else:
             _measure_speed(report, options, device)
     except InputError as error:
@@ -293,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=int, default=64, help="256 x 256 pictures of a training step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="on a CPU: train nano for so many steps")
+    parser.add_argument("--seeds", type=int, default=1, help="of --train: so many starts, and their mean")
     parser.add_argument("--crops", type=int, default=2, help="of a batch of --train")
     parser.add_argument("--side", type=int, default=96, help="pixels a side of a crop; a patch has 16")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")

@@ -13,7 +13,10 @@ import torch
 
 from tokenizer import AToken
 from tokenizer.cli import main
+from tokenizer.config import load_config
 from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
+from tokenizer.megatron.pretrain import layout_of
+from tokenizer.training.curriculum.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,3 +95,20 @@ def test_the_tree_is_the_real_one() -> None:
             continue
         for name in names if all(word.endswith("/") for word in line.split()) else names[:1]:
             assert (room / name).exists(), room / name
+
+
+def test_training_commands_are_understood() -> None:
+    """They take hours or a cluster: what they say is read, by what would read it."""
+    ran = 0
+    for line in "".join(blocks("text")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if "--config" not in words:
+            continue
+        at = words.index("--config")
+        config = load_config(RunConfig, ROOT / words[at + 1], words[at + 2 :])
+        if words[at - 1] == "tokenizer.megatron.pretrain":
+            layout_of(config, words[at + 1])
+        else:
+            assert words[at - 1] == "train"
+        ran += 1
+    assert ran >= 5
