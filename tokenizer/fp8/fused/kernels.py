@@ -23,6 +23,15 @@ import triton.language as tl
 
 
 @triton.jit
+def tile_of_program(width, PACK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr):
+    """Where the tile starts, its rows of a part (before they are interleaved) and columns, and which columns exist."""
+    top = tl.program_id(ROW_AXIS) * ROWS
+    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    column = tl.arange(0, COLUMNS)
+    return top, left, tl.arange(0, ROWS // PACK), column, column < width - left
+
+
+@triton.jit
 def load_parts(x, stride, rows_left, row, column, exists, PACK: tl.constexpr):
     """The parts of the tile that starts at x, whose rows lie `stride` apart; zeros where there is nothing."""
     parts = ()
@@ -116,10 +125,7 @@ def cast_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """x [count, width] with rows `stride` apart; `sums` [programs, width] of columns, if SUMS."""
-    top = tl.program_id(ROW_AXIS) * ROWS
-    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
-    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
-    exists = column < width - left
+    top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     values = load_parts(x + top.to(tl.int64) * stride + left, stride, count - top, row, column, exists, PACK)
     times = tl.load(scale)
     plain += top.to(tl.int64) * width + left
@@ -158,10 +164,7 @@ def gelu_kernel(
     PACK: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """GELU of x [padded, width]: x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    top = tl.program_id(ROW_AXIS) * ROWS
-    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
-    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
-    exists = column < width - left
+    top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     times = tl.load(scale)
     plain += top.to(tl.int64) * width + left
@@ -187,10 +190,7 @@ def gelu_backward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x [padded, width] from that of its GELU: times (1 + tanh(z) + x (1 - tanh(z)^2) z') / 2."""
-    top = tl.program_id(ROW_AXIS) * ROWS
-    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
-    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
-    exists = column < width - left
+    top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     gradients = load_parts(gradient + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     times = tl.load(scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenizer.fp8.fused.kernels import load_parts, load_rows, store_part, store_turned
+from tokenizer.fp8.fused.kernels import load_parts, load_rows, store_part, store_turned, tile_of_program
 
 
 @triton.jit
@@ -41,10 +41,7 @@ def norm_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_AXIS: tl.constexpr,
 ):  # fmt: skip
     """(x - mean) * factor * weight + bias of x [count, width]."""
-    top = tl.program_id(ROW_AXIS) * ROWS
-    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
-    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
-    exists = column < width - left
+    top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     mean_of = load_rows(means + top, count - top, row, PACK)
     factor_of = load_rows(factors + top, count - top, row, PACK)
@@ -98,11 +95,8 @@ def norm_backward_kernel(
 
     `below` is rounded too, if CAST. Columns are summed for the norm's weight and bias, and of `below` if SUMS.
     """
-    top = tl.program_id(ROW_AXIS) * ROWS
-    left = tl.program_id(1 - ROW_AXIS) * COLUMNS
+    top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     corner = top.to(tl.int64) * width + left
-    row, column = tl.arange(0, ROWS // PACK), tl.arange(0, COLUMNS)
-    exists = column < width - left
     values = load_parts(x + corner, width, count - top, row, column, exists, PACK)
     slopes = load_parts(gradient + corner, width, count - top, row, column, exists, PACK)
     others = load_parts(above + corner, width, count - top, row, column, exists, PACK)
