@@ -146,7 +146,7 @@ def late_loss(losses: list[float]) -> float:
     return sum(late) / len(late)
 
 
-def accuracy_records(train: int, crops: int, side: int, seeds: int = 1) -> list[Record]:
+def accuracy_records(train: int, crops: int, side: int, *, seeds: int = 1, powers: bool = True) -> list[Record]:
     """Errors of single products; with `train` steps also the late loss of nano beside bfloat16's, of all seeds."""
 
     def late_losses(fp8: FP8Config | None) -> list[float]:
@@ -156,7 +156,7 @@ def accuracy_records(train: int, crops: int, side: int, seeds: int = 1) -> list[
     plain = late_losses(None) if train else []
     records = []
     for fp8_format, recipe in RECIPES:
-        config = FP8Config(fp8_format=fp8_format, fp8_recipe=recipe, backend="emulated")
+        config = FP8Config(fp8_format=fp8_format, fp8_recipe=recipe, power_of_two_scales=powers, backend="emulated")
         record: Record = {"format": fp8_format, "recipe": recipe, **product_errors(config)}
         if plain:
             losses = late_losses(config)
@@ -262,7 +262,9 @@ def main(arguments: list[str]) -> int:
             console.print("no CUDA here: FP8 is emulated, which says how exact it is and nothing of its speed")
             if options.train:  # whose sizes may change after a measurement
                 report["trained"] = config_to_dict(CONFIGS["nano"])
-            report["accuracy"] = accuracy_records(options.train, options.crops, options.side, options.seeds)
+            report["accuracy"] = accuracy_records(
+                options.train, options.crops, options.side, seeds=options.seeds, powers=options.power_of_two_scales
+            )
         else:
             _measure_speed(report, options, device)
     except InputError as error:
@@ -279,7 +281,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _measure_speed(report: Record, options: argparse.Namespace, device: torch.device) -> None:
-    fp8 = FP8Config(fp8_recipe=options.recipe, backend=options.backend)
+    fp8 = FP8Config(fp8_recipe=options.recipe, backend=options.backend, power_of_two_scales=options.power_of_two_scales)
     backend = choose_backend(fp8, device)
     if options.compile and backend == "transformer_engine":
         raise InputError("--compile is for torchao; Transformer Engine's layers are not compiled")
@@ -297,6 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recipe", default="tensorwise", choices=("tensorwise", "delayed"))
     parser.add_argument("--backend", default="auto", choices=("auto", "transformer_engine", "torchao"))
+    parser.add_argument("--power-of-two-scales", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true", help="compile both sides; torchao is slow without")
     parser.add_argument("--tokens", nargs="*", type=int, default=[4096, 16384, 16379], help="of single layers")
     parser.add_argument("--pictures", type=int, default=64, help="256 x 256 pictures of a training step")

@@ -27,7 +27,7 @@ from tokenizer.model.config import ATokenConfig, TransformerConfig
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-DELAYED = FP8Config(fp8_recipe="delayed", fp8_amax_history_len=4)
+DELAYED = FP8Config(fp8_recipe="delayed", fp8_amax_history_len=4, power_of_two_scales=False)
 
 
 def linear_layer(inputs: int, outputs: int) -> nn.Linear:
@@ -68,17 +68,22 @@ def test_rounding_is_to_the_nearest_number_of_the_type_ties_to_even(kind: torch.
 @given(
     values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=20),
     kind=st.sampled_from([E4M3, E5M2]),
+    power_of_two=st.booleans(),
 )
-def test_scaled_numbers_never_overflow_and_use_the_range(values: list[float], kind: torch.dtype) -> None:
+def test_scaled_numbers_never_overflow_and_use_the_range(
+    values: list[float], kind: torch.dtype, power_of_two: bool
+) -> None:
     x, limit = torch.tensor(values), torch.finfo(kind).max
     largest = largest_magnitude(x)
-    scale = scale_for(largest, kind)
+    scale = scale_for(largest, limit, power_of_two=power_of_two)
     found = quantise(x, kind, scale).values.float()
     assert math.isfinite(scale)
     assert scale > 0
     assert found.isfinite().all()
     if largest > 1e-30:  # below, the scale stays finite and the range cannot be used
-        assert found.abs().max() == limit
+        assert limit / 2 <= found.abs().max() <= limit if power_of_two else found.abs().max() == limit
+    if power_of_two:
+        assert math.frexp(scale)[0] == 0.5
     assert torch.equal(found[x == 0], x[x == 0])
 
 
@@ -125,6 +130,19 @@ def test_products_are_torchaos(fp8_format: Any) -> None:
         results.append((y.detach(), x.grad, linear.weight.grad.clone()))
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [E4M3, E5M2])
+def test_powers_of_two_round_numbers_alike_whatever_the_largest(kind: torch.dtype) -> None:
+    """As long as they are in range; by other scales they are another rounding each time."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).sign() * torch.linspace(0.1, 1.0, 1000)
+    limit = torch.finfo(kind).max
+    for power_of_two in (True, False):
+        found = []
+        for largest in (1.0, 1.01, 3.7, 16.0):
+            rounded = quantise(x, kind, scale_for(torch.tensor(largest), limit, power_of_two=power_of_two))
+            found.append(rounded.values.float() / rounded.scale)
+        assert all(torch.equal(one, found[0]) for one in found) == power_of_two
 
 
 def test_delayed_scales_follow_the_largest_of_the_last_calls() -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tokenizer.fp8.backends import fused_blocks
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, TENSORS, Scales
 
 CPU = torch.device("cpu")
-DELAYED = FP8Config(fp8_recipe="delayed", fp8_amax_history_len=3)
+DELAYED = FP8Config(fp8_recipe="delayed", fp8_amax_history_len=3, power_of_two_scales=False)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing")
 
 
@@ -100,7 +101,7 @@ def test_scales_follow_the_history() -> None:
 
 
 def test_gradients_have_the_range_of_their_type() -> None:
-    scales = Scales(FP8Config(fp8_recipe="delayed", fp8_margin=1), ["block"], CPU)
+    scales = Scales(replace(DELAYED, fp8_margin=1), ["block"], CPU)
     gradient = TENSORS // 2
     scales.rounded(gradient, Pass(2.0), remember=True)
     scales.move_on()
@@ -128,8 +129,20 @@ def test_a_broken_step_is_forgotten(broken: float) -> None:
     assert first.scales == [1.0, 224.0]
 
 
+def test_scales_are_powers_of_two_unless_told_otherwise() -> None:
+    for recipe, seen in (("delayed", [64.0]), ("tensorwise", [1.0, 32.0])):
+        scales = Scales(FP8Config(fp8_recipe=recipe), ["block"], CPU)  # type: ignore[arg-type]
+        first, second = Pass(5.0), Pass(9.0)
+        assert scales.rounded(0, first, remember=True).item() == 1 / 64, "448 / 5 is 89.6"
+        assert first.scales == [1.0, 64.0]
+        scales.move_on()
+        scales.rounded(0, second, remember=True)
+        assert second.scales == seen
+        assert scales.scale_for(torch.tensor([3.0, 0.0]), 448.0).tolist() == [128.0, 1.0]
+
+
 def test_tensorwise_scales_by_the_tensor_alone() -> None:
-    scales = Scales(FP8Config(), ["block"], CPU)
+    scales = Scales(FP8Config(power_of_two_scales=False), ["block"], CPU)
     for magnitude in (2.0, 8.0):
         own = Pass(magnitude)
         assert scales.rounded(0, own, remember=True).item() == pytest.approx(magnitude / 448)

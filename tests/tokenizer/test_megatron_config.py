@@ -105,13 +105,17 @@ def test_recipes_are_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> No
     stand_in = SimpleNamespace(
         Format=SimpleNamespace(HYBRID="E4M3/E5M2", E4M3="E4M3"),
         DelayedScaling=lambda **options: ("delayed", options),
-        Float8CurrentScaling=lambda **options: ("current", options),
+        Float8CurrentScaling=lambda **options: SimpleNamespace(**options),
+        QParams=lambda **options: options,
     )
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", stand_in)
     delayed = {"fp8_format": "E4M3/E5M2", "margin": 1, "amax_history_len": 16, "amax_compute_algo": "max"}
     assert fp8_recipe(parallel) == ("delayed", delayed)
     current = replace(parallel, fp8_recipe="tensorwise", fp8_format="e4m3")
-    assert fp8_recipe(current) == ("current", {"fp8_format": "E4M3"})
+    assert fp8_recipe(current) == SimpleNamespace(fp8_format="E4M3")
+    rounded = vars(fp8_recipe(current, power_of_two_scales=True))
+    assert rounded["use_power_2_scales"]
+    assert all(rounded[f"fp8_quant_{name}"]["power_2_scale"] for name in ("fwd_inp", "fwd_weight", "bwd_grad"))
 
 
 @pytest.mark.parametrize("discrete", [False, True])

@@ -36,7 +36,10 @@ def torchao_layers(model: nn.Module, names: Iterable[str], config: FP8Config, *,
     chosen = frozenset(names)
     gradient = torch.float8_e5m2 if config.fp8_format == "hybrid" else torch.float8_e4m3fn
     options = float8.Float8LinearConfig(
-        cast_config_grad_output=float8.CastConfig(target_dtype=gradient), pad_inner_dim=True, emulate=emulate
+        cast_config_grad_output=float8.CastConfig(target_dtype=gradient),
+        pad_inner_dim=True,
+        emulate=emulate,
+        round_scales_to_power_of_2=config.power_of_two_scales,
     )
 
     def is_chosen(_: nn.Module, name: str) -> bool:
@@ -55,7 +58,7 @@ def engine_layers(model: nn.Module, names: Iterable[str], stacks: Iterable[nn.Mo
         InputError: Transformer Engine is broken.
     """
     engine = _imported("transformer_engine.pytorch", "transformer_engine", "torchao")
-    recipe = fp8_recipe(config.megatron())
+    recipe = fp8_recipe(config.megatron(), power_of_two_scales=config.power_of_two_scales)
     kind = _engine_linear(engine, recipe)
     for name in names:
         linear = model.get_submodule(name)

@@ -21,6 +21,10 @@ class FP8Config:
         and "triton" is made for it: with tensorwise it computes most things twice.
     fp8_margin / fp8_amax_history_len / fp8_amax_compute_algo: of the delayed recipe: powers of two to spare, calls that
         are remembered, and whether their largest or the last one counts.
+    power_of_two_scales: round scales down to powers of two. A number that stays the same then is rounded the same way
+        from step to step; by other scales every change of the largest value moves all that it is rounded to. It costs
+        range, of which there is enough. Transformer Engine has it with tensorwise alone, and inside Megatron by its
+        variable NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1.
     num_layers_at_start_in_bf16 / num_layers_at_end_in_bf16: blocks of encoder and decoder that stay bfloat16.
     backend: "auto" is Transformer Engine on CUDA where it is installed, torchao where not ("triton" for the delayed
         recipe), and emulation on a CPU. "triton" is our own, fused by blocks and the fastest; torch for CUDA brings all
@@ -33,6 +37,7 @@ class FP8Config:
     fp8_margin: int = 0
     fp8_amax_history_len: int = 1024
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    power_of_two_scales: bool = True
     num_layers_at_start_in_bf16: int = 0
     num_layers_at_end_in_bf16: int = 0
     backend: Literal["auto", "transformer_engine", "torchao", "triton", "emulated"] = "auto"
@@ -72,5 +77,6 @@ class FP8Config:
         return self._options()
 
     def _options(self) -> dict[str, Any]:
-        shared = {name: getattr(self, name) for name in self.__slots__ if name not in ("backend", "keep")}
+        ours = ("backend", "keep", "power_of_two_scales")
+        shared = {name: getattr(self, name) for name in self.__slots__ if name not in ours}
         return {"transformer_impl": "transformer_engine", **shared}

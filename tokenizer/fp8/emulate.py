@@ -1,6 +1,7 @@
 """The arithmetic of FP8 linear layers in plain torch, for any device; slower than bfloat16, and for numerics alone.
 
-A tensor is multiplied by a scale that brings its largest value to the largest of the type, rounded to FP8 (to nearest,
+A tensor is multiplied by a scale that brings its largest value to the largest of the type, or by the power of two below
+it, rounded to FP8 (to nearest,
 ties to even, saturating), and the three products of a layer take the rounded numbers:
 
     y  = X_q W_q^T / (s_x s_w)        forward, both E4M3
@@ -43,14 +44,19 @@ def largest_magnitude(x: Tensor) -> Tensor:
     return x.detach().abs().amax().float()
 
 
-def scale_for(largest: Tensor, kind: torch.dtype, margin: int = 0) -> Tensor:
-    """What to multiply by: the type's largest number / `largest` / 2^margin, float32 of the shape of `largest`.
+def scale_for(largest: Tensor, limit: Tensor | float, margin: int = 0, *, power_of_two: bool = False) -> Tensor:
+    """What to multiply by: `limit` / `largest` / 2^margin, float32 of the shape of `largest`.
 
     One for an all-zero tensor. Finite for a largest value that is not zero, however small.
+
+    Args:
+        limit: the type's largest number, of each tensor or of all.
+        power_of_two: round down to one.
     """
-    limits = torch.finfo(torch.float32)
-    scale = (torch.finfo(kind).max / largest.float()).clamp_max(limits.max) * 2.0**-margin
-    return torch.where(largest == 0, 1.0, scale)
+    scale = (limit / largest.float()).clamp_max(torch.finfo(torch.float32).max)
+    if power_of_two:  # without the bits of its fraction
+        scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return torch.where(largest == 0, 1.0, scale * 2.0**-margin)
 
 
 def quantise(x: Tensor, kind: torch.dtype, scale: Tensor) -> Quantised:
@@ -137,15 +143,18 @@ class EmulatedLinear(nn.Linear):
         """x in FP8, scaled as the recipe says; `remember` its largest value for later calls."""
         kind, own = self.kind_of(role), largest_magnitude(x)
         if self.amax_history is None:
-            scale = scale_for(own, kind)
+            scale = self._scale(own, kind)
         else:
             scale = self._delayed_scale(self.amax_history[ROLES.index(role)], own, kind, remember)
         # Saturation would make a finite number of infinity: say NaN for the whole tensor instead.
         return quantise(x, kind, torch.where(own.isfinite(), scale, torch.nan))
 
+    def _scale(self, largest: Tensor, kind: torch.dtype, margin: int = 0) -> Tensor:
+        return scale_for(largest, torch.finfo(kind).max, margin, power_of_two=self.config.power_of_two_scales)
+
     def _delayed_scale(self, history: Tensor, own: Tensor, kind: torch.dtype, remember: bool) -> Tensor:
         before = history.amax() if self.config.fp8_amax_compute_algo == "max" else history[0]
-        scale = scale_for(torch.where(before == 0, own, before), kind, self.config.fp8_margin)
+        scale = self._scale(torch.where(before == 0, own, before), kind, self.config.fp8_margin)
         if remember:
             # A broken step must not be remembered for a thousand more.
             newest = torch.where(own.isfinite(), own, history[0])

@@ -65,11 +65,14 @@ def fp8_layers(config: ATokenConfig, parallel: ParallelConfig) -> list[str]:
     return names
 
 
-def fp8_recipe(parallel: ParallelConfig) -> Any:
+def fp8_recipe(parallel: ParallelConfig, *, power_of_two_scales: bool = False) -> Any:
     """Transformer Engine's recipe object for these options, to be given to `te.autocast(recipe=...)`.
 
     Inside a TransformerBlock Megatron enters the autocast by itself, from the same options; this is for Transformer
     Engine layers used without Megatron.
+
+    Args:
+        power_of_two_scales: of the tensorwise recipe; Megatron has no option for it.
 
     Raises:
         InputError: no `fp8_format`, or Transformer Engine is missing or broken.
@@ -85,7 +88,12 @@ def fp8_recipe(parallel: ParallelConfig) -> Any:
         ) from None
     number_format = recipes.Format.HYBRID if parallel.fp8_format == "hybrid" else recipes.Format.E4M3
     if parallel.fp8_recipe == "tensorwise":
-        return recipes.Float8CurrentScaling(fp8_format=number_format)
+        recipe = recipes.Float8CurrentScaling(fp8_format=number_format)
+        if power_of_two_scales:
+            recipe.use_power_2_scales = True
+            rounded = recipes.QParams(power_2_scale=True, amax_epsilon=0.0)
+            recipe.fp8_quant_fwd_inp = recipe.fp8_quant_fwd_weight = recipe.fp8_quant_bwd_grad = rounded
+        return recipe
     return recipes.DelayedScaling(
         fp8_format=number_format,
         margin=parallel.fp8_margin,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tokenizer.fp8.emulate import E4M3, scale_for
+from tokenizer.fp8.emulate import E4M3
 from tokenizer.fp8.fused import launch, products
 from tokenizer.fp8.fused.launch import Heads, Kept, Operand, Site
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, TENSORS, Scales, aligned_zeros
@@ -84,7 +84,7 @@ class FusedBlock(Block):
         if remember and self._rounded is not None and self._rounded[0] == state:
             return self._rounded[1]
         largest = torch.stack(torch._foreach_norm([layer.weight for layer in layers], torch.inf)).float()
-        scale = scale_for(largest, E4M3)
+        scale = self.scales.scale_for(largest, torch.finfo(E4M3).max)
         inverse = aligned_zeros(len(layers), scale.device).copy_(scale.reciprocal())
         rounded = []
         for number, layer in enumerate(layers):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenizer.errors import InputError
 from tokenizer.fp8.config import FP8Config
-from tokenizer.fp8.emulate import E4M3, E5M2
+from tokenizer.fp8.emulate import E4M3, E5M2, scale_for
 
 BLOCK_LAYERS = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 """The linear layers of a block. A block has eight tensors: their inputs, then the gradients of their outputs."""
@@ -76,7 +76,7 @@ class Scales:
             return inverse
         largest = torch.zeros_like(newest)
         launch(torch.ones_like(scale), largest)
-        own = _scale(largest, self._limits[number], 0)
+        own = self.scale_for(largest, self._limits[number])
         launch(own, self.ignored)
         if remember:
             torch.maximum(newest, largest, out=newest)
@@ -107,6 +107,10 @@ class Scales:
         self._from_history()
         if any(known and not sure for known, sure in zip(self._known, self._sure, strict=True)):
             self._look_at_history()
+
+    def scale_for(self, largest: Tensor, limit: Tensor | float, margin: int = 0) -> Tensor:
+        """As `tokenizer.fp8.emulate.scale_for`, by this configuration."""
+        return scale_for(largest, limit, margin, power_of_two=self.config.power_of_two_scales)
 
     def forget_weights(self) -> None:
         """Weights were loaded: what was rounded of them is of no use."""
@@ -143,16 +147,10 @@ class Scales:
 
     def _from_history(self) -> None:
         before = self.history.amax(1) if self.config.fp8_amax_compute_algo == "max" else self.history[:, 0]
-        self._scale.copy_(_scale(before, self._limits, self.config.fp8_margin))
+        self._scale.copy_(self.scale_for(before, self._limits, self.config.fp8_margin))
         self._inverse.copy_(self._scale.reciprocal())
 
 
 def aligned_zeros(count: int, device: torch.device) -> Tensor:
     """[count] float32 zeros, 16 bytes apart: products read a scale from such an address alone."""
     return torch.zeros(count, 4, device=device)[:, 0]
-
-
-def _scale(largest: Tensor, limit: Tensor, margin: int) -> Tensor:
-    """`tokenizer.fp8.emulate.scale_for`, for tensors of several types."""
-    scale = (limit / largest).clamp_max(torch.finfo(torch.float32).max) * 2.0**-margin
-    return torch.where(largest == 0, 1.0, scale)
