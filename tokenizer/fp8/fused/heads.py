@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenizer.fp8.fused.kernels import load_parts, store_part, store_turned
+from tokenizer.fp8.fused.kernels import load_parts, round_parts, store_turned
 
 
 @triton.jit
@@ -84,11 +84,8 @@ def round_head(
         values = load_parts(qkv, 3 * WIDE, rows_left, row, lane, exists, PACK)
         learned = tl.load(scales + lane, mask=exists, other=0.0)[None, :] * root
     times = tl.load(scale)
-    most = tl.zeros((ROWS // PACK, 2 * HALF), tl.float32)
-    total = tl.zeros((ROWS // PACK, 2 * HALF), tl.float32)
     of_scales = tl.zeros((ROWS // PACK, 2 * HALF), tl.float32)
-    packed = tl.zeros((ROWS // PACK, 2 * HALF), tl.int32)
-    last = tl.zeros((ROWS // PACK, 2 * HALF), tl.float32)
+    parts = ()
     for part in tl.static_range(PACK):
         slope = slopes[part].to(tl.float32)
         if ROTARY:
@@ -100,12 +97,10 @@ def round_head(
             of_scales += slope * value
             slope *= learned
             slope = (slope - value * tl.sum(slope * value, axis=1)[:, None]) * inverse
-        most = tl.maximum(most, tl.abs(slope))
-        if SUMS:
-            total += slope
-        packed, last = store_part(
-            slope, times, plain, 3 * WIDE, padded_left, row, lane, exists, packed, last, part, PACK, FAST
-        )
+        parts += (slope,)  # type: ignore[assignment]
+    packed, most, total = round_parts(
+        parts, plain, 3 * WIDE, times, padded_left, row, lane, exists, SUMS, PACK, FAST
+    )  # fmt: skip
     return packed, most, total, of_scales
 
 

@@ -88,21 +88,31 @@ def pack(packed, last, number, like, part: tl.constexpr, PACK: tl.constexpr, FAS
 
 
 @triton.jit
-def store_part(
-    value, scale, plain, stride, rows_left, row, column, exists, packed, last,
-    part: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
+def round_parts(
+    parts, plain, stride, times, rows_left, row, column, exists,
+    SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Round a part of the tile that starts at `plain` and store it.
+    """Round the parts of the tile that starts at `plain`, multiplied by `times`, and store them.
 
     Returns:
-        `packed` with it, and what it was before rounding.
+        The parts rounded, packed; the largest magnitudes; the sums of rows, if SUMS.
     """
-    number = scaled(value, scale)
-    rows = row * PACK + part
-    place = rows[:, None] * stride + column[None, :]
-    inside = (rows[:, None] < rows_left) & exists[None, :]
-    tl.store(plain + place, number.to(plain.dtype.element_ty), mask=inside)
-    return pack(packed, last, number, plain, part, PACK, FAST), number
+    most = tl.zeros(parts[0].shape, tl.float32)
+    total = tl.zeros(parts[0].shape, tl.float32)
+    last = tl.zeros(parts[0].shape, tl.float32)
+    packed = tl.zeros(parts[0].shape, tl.int32)
+    for part in tl.static_range(PACK):
+        value = parts[part].to(tl.float32)
+        most = tl.maximum(most, tl.abs(value))
+        if SUMS:
+            total += value
+        number = scaled(value, times)
+        rows = row * PACK + part
+        inside = (rows[:, None] < rows_left) & exists[None, :]
+        tl.store(plain + (rows[:, None] * stride + column[None, :]), number.to(plain.dtype.element_ty), mask=inside)
+        packed = pack(packed, last, number, plain, part, PACK, FAST)
+        last = number
+    return packed, most, total
 
 
 @triton.jit
@@ -119,6 +129,21 @@ def store_turned(packed, turned, top, left, row, column, exists, padded, most, l
 
 
 @triton.jit
+def store_tile(
+    parts, plain, turned, times, largest, sums, top, left, row, column, exists, padded, width,
+    SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr, ROW_AXIS: tl.constexpr,
+):  # fmt: skip
+    """All that is kept of a tile's parts: both copies, the largest magnitude, and sums of columns, if SUMS."""
+    corner = plain + top.to(tl.int64) * width + left
+    packed, most, total = round_parts(
+        parts, corner, width, times, padded - top, row, column, exists, SUMS, PACK, FAST
+    )  # fmt: skip
+    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
+    if SUMS:
+        tl.store(sums + tl.program_id(ROW_AXIS) * width + left + column, tl.sum(total, axis=0), mask=exists)
+
+
+@triton.jit
 def cast_kernel(
     x, stride, plain, turned, scale, largest, sums, count, padded, width,
     SUMS: tl.constexpr, PACK: tl.constexpr, FAST: tl.constexpr,
@@ -128,22 +153,10 @@ def cast_kernel(
     top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     values = load_parts(x + top.to(tl.int64) * stride + left, stride, count - top, row, column, exists, PACK)
     times = tl.load(scale)
-    plain += top.to(tl.int64) * width + left
-    most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    total = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
-    last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    for part in tl.static_range(PACK):
-        value = values[part].to(tl.float32)
-        most = tl.maximum(most, tl.abs(value))
-        if SUMS:
-            total += value
-        packed, last = store_part(
-            value, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
-        )
-    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
-    if SUMS:
-        tl.store(sums + tl.program_id(ROW_AXIS) * width + left + column, tl.sum(total, axis=0), mask=exists)
+    store_tile(
+        values, plain, turned, times, largest, sums, top, left, row, column, exists, padded, width,
+        SUMS, PACK, FAST, ROW_AXIS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -167,20 +180,17 @@ def gelu_kernel(
     top, left, row, column, exists = tile_of_program(width, PACK, ROWS, COLUMNS, ROW_AXIS)
     values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     times = tl.load(scale)
-    plain += top.to(tl.int64) * width + left
-    most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
-    last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
+    parts = ()
     for part in tl.static_range(PACK):
         value = values[part].to(tl.float32)
         level = tanh(value * tl.fma(value * value, 0.035677408136300125, 0.7978845608028654), FAST)
         half = 0.5 * value
         value = tl.fma(half, level, half)
-        most = tl.maximum(most, tl.abs(value))
-        packed, last = store_part(
-            value, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
-        )
-    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
+        parts += (value,)  # type: ignore[assignment]
+    store_tile(
+        parts, plain, turned, times, largest, largest, top, left, row, column, exists, padded, width,
+        False, PACK, FAST, ROW_AXIS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -194,11 +204,7 @@ def gelu_backward_kernel(
     values = load_parts(x + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     gradients = load_parts(gradient + top.to(tl.int64) * width + left, width, count - top, row, column, exists, PACK)
     times = tl.load(scale)
-    plain += top.to(tl.int64) * width + left
-    most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    total = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
-    last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
+    parts = ()
     for part in tl.static_range(PACK):
         value = values[part].to(tl.float32)
         square = value * value
@@ -207,12 +213,8 @@ def gelu_backward_kernel(
         fall = value * tl.fma(square, -0.10703222440890037, -0.7978845608028654)
         half = 0.5 * gradients[part].to(tl.float32)
         below = tl.fma(half, tl.fma(fall, tl.fma(level, level, -1.0), level), half)
-        most = tl.maximum(most, tl.abs(below))
-        if SUMS:
-            total += below
-        packed, last = store_part(
-            below, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
-        )
-    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
-    if SUMS:
-        tl.store(sums + tl.program_id(ROW_AXIS) * width + left + column, tl.sum(total, axis=0), mask=exists)
+        parts += (below,)  # type: ignore[assignment]
+    store_tile(
+        parts, plain, turned, times, largest, sums, top, left, row, column, exists, padded, width,
+        SUMS, PACK, FAST, ROW_AXIS,
+    )  # fmt: skip

@@ -27,7 +27,7 @@ from tokenizer.model.transformer import NORM_EPS
 TILES: dict[str, dict[str, int]] = {
     "cast": {"ROWS": 128, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 8},
     "gelu": {"ROWS": 64, "COLUMNS": 128, "ROW_AXIS": 1, "num_warps": 8},
-    "gelu_backward": {"ROWS": 64, "COLUMNS": 128, "ROW_AXIS": 1, "num_warps": 8},
+    "gelu_backward": {"ROWS": 64, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 4},
     "norm": {"ROWS": 64, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 4},
     "norm_backward": {"ROWS": 64, "COLUMNS": 64, "ROW_AXIS": 1, "num_warps": 4},
     "heads": {"ROWS": 16, "num_warps": 4},

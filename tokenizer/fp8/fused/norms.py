@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenizer.fp8.fused.kernels import load_parts, load_rows, store_part, store_turned, tile_of_program
+from tokenizer.fp8.fused.kernels import load_parts, load_rows, store_tile, tile_of_program
 
 
 @triton.jit
@@ -49,10 +49,7 @@ def norm_kernel(
     if BIAS:
         more = tl.load(bias + left + column, mask=exists, other=0.0)[None, :]
     times = tl.load(scale)
-    plain += top.to(tl.int64) * width + left
-    most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-    packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
-    last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
+    parts = ()
     for part in tl.static_range(PACK):
         value = (values[part].to(tl.float32) - mean_of[part]) * factor_of[part]
         if BIAS:
@@ -60,11 +57,11 @@ def norm_kernel(
             value = tl.where((row * PACK + part < count - top)[:, None], value, 0.0)
         else:
             value *= learned
-        most = tl.maximum(most, tl.abs(value))
-        packed, last = store_part(
-            value, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
-        )
-    store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
+        parts += (value,)  # type: ignore[assignment]
+    store_tile(
+        parts, plain, turned, times, largest, largest, top, left, row, column, exists, padded, width,
+        False, PACK, FAST, ROW_AXIS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -109,11 +106,7 @@ def norm_backward_kernel(
     of_bias = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
     if CAST:
         times = tl.load(scale)
-        plain += corner
-        most = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-        total = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
-        packed = tl.zeros((ROWS // PACK, COLUMNS), tl.int32)
-        last = tl.zeros((ROWS // PACK, COLUMNS), tl.float32)
+    parts = ()
     for part in tl.static_range(PACK):
         factor = factor_of[part]
         value = (values[part].to(tl.float32) - mean_of[part]) * factor
@@ -127,18 +120,13 @@ def norm_backward_kernel(
         inside = (rows[:, None] < count - top) & exists[None, :]
         place = rows[:, None] * width + column[None, :]
         tl.store(below + corner + place, result.to(below.dtype.element_ty), mask=inside)
-        if CAST:
-            most = tl.maximum(most, tl.abs(result))
-            if SUMS:
-                total += result
-            packed, last = store_part(
-                result, times, plain, width, padded - top, row, column, exists, packed, last, part, PACK, FAST
-            )
+        parts += (result,)  # type: ignore[assignment]
     target = tl.program_id(ROW_AXIS) * width + left + column
     tl.store(weight_sums + target, tl.sum(of_weight, axis=0), mask=exists)
     if BIAS:
         tl.store(bias_sums + target, tl.sum(of_bias, axis=0), mask=exists)
     if CAST:
-        store_turned(packed, turned, top, left, row, column, exists, padded, most, largest, PACK)
-        if SUMS:
-            tl.store(sums + target, tl.sum(total, axis=0), mask=exists)
+        store_tile(
+            parts, plain, turned, times, largest, sums, top, left, row, column, exists, padded, width,
+            SUMS, PACK, FAST, ROW_AXIS,
+        )  # fmt: skip
