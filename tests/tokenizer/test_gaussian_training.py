@@ -26,9 +26,11 @@ from tokenizer.errors import InputError
 from tokenizer.evaluation import assets as evaluation
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
 from tokenizer.gaussians.attributes import SH_DEGREE_0
+from tokenizer.gaussians.checkpoints import save_gaussian_decoder
 from tokenizer.sparse import SparseTokens
 from tokenizer.training import gaussian_trainer
 from tokenizer.training.asset_store import decoded_voxels, read_store
+from tokenizer.training.curriculum.curves import read_stages
 from tokenizer.training.gaussian_start import ABSENT, PRESENT, start_from_octants
 from tokenizer.training.gaussian_trainer import GaussianTrainConfig, GaussianTrainer
 
@@ -117,9 +119,7 @@ def test_a_start_needs_room() -> None:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The log without what depends on the clock."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if "seconds" not in key} for record in records]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -140,7 +140,9 @@ def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
     assert "left out 3.safetensors" in capsys.readouterr().err
     records = log_of(tmp_path / "whole")
     assert [record["step"] for record in records] == [0, 3, 6]
-    assert records[-1]["psnr"] > records[0]["psnr"]
+    psnr = "validation/assets/psnr"
+    assert records[-1][psnr] > records[0][psnr]
+    assert [panel.title for panel in read_stages([tmp_path / "whole"]).panels] == ["training loss", "assets, PSNR dB"]
 
     stopped = trainer(tmp_path / "parts")
     original = stopped._step
@@ -166,6 +168,21 @@ def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
     moments = [state["optimizers"][0]["state"] for state in states]
     for one, other in zip(*(moment.values() for moment in moments), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_goes_on_from_another_decoder(store: Path, tiny_models: Path, tmp_path: Path) -> None:
+    settings = config(store, tmp_path / "run", tiny_models / "atoken-nano", steps=1)
+    other = GaussianDecoder(SMALL)
+    other.reset_parameters(torch.Generator().manual_seed(5))
+    save_gaussian_decoder(other, tmp_path / "other")
+    made = GaussianTrainer(replace(settings, start_from=str(tmp_path / "other")), torch.device("cpu"))
+    made._start()
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(made.decoder.state_dict()[name], tensor), name
+    assert torch.equal(made.average.values["skip.weight"], other.skip.weight)  # type: ignore[union-attr]
+    narrow = replace(settings, decoder=replace(SMALL, mlp_width=20), start_from=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="other has other sizes; set in decoder: mlp_width: 16"):
+        GaussianTrainer(narrow, torch.device("cpu"))._start()
 
 
 def test_the_skip_learns_at_the_plain_rate_and_is_not_decayed(trainer: Callable[[Path], GaussianTrainer]) -> None:

@@ -3,8 +3,9 @@
     python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml key=value ...
 
 The autoencoder stays as it is, so pictures and videos stay as good as they were. A step takes one asset, decodes its
-Gaussians and compares their picture with what the asset looks like from a few of its views. Optimiser, schedule and
-average are those of the curriculum, whose third stage starts from the decoder that comes out.
+Gaussians and compares their picture with what the asset looks like from a few of its views. Optimiser, schedule,
+average and logs are those of the curriculum, whose third stage starts from the decoder that comes out;
+`python -m tokenizer.training.curriculum.curves RUN --out curves.png` draws what was measured.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ from torch import Tensor, nn
 from tokenizer.api import AToken
 from tokenizer.assets.packing import octants
 from tokenizer.cameras import Cameras
+from tokenizer.checkpoints import find_model
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
-from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
+from tokenizer.gaussians.checkpoints import SUBFOLDER, load_gaussian_decoder, save_gaussian_decoder
 from tokenizer.gaussians.rasterize import rasterize
 from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.sparse import SparseTokens
 from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
-from tokenizer.training.curriculum.records import forget_log_after
+from tokenizer.training.curriculum.records import METRICS, SPEED, forget_log_after
 from tokenizer.training.gaussian_start import start_from_octants
 from tokenizer.training.progress import training_progress
 from tokenizer.training.state import load_state, save_state
 
-LOG_FILE = "log.jsonl"
+_PSNR = "validation/assets/psnr"
 
 MAX_BAD_STEPS = 20
 """Steps in a row with a loss or gradient that is not finite, after which a run stops."""
@@ -69,6 +71,7 @@ class GaussianTrainConfig:
     model: the frozen autoencoder, by name or folder. data: store of rendered assets.
     decoder: sizes, and how views become voxels.
     views: compared with in one step. start_assets: how many assets the start is fitted to.
+    start_from: a decoder of the same sizes to go on from instead: its folder, or a model that has one.
     optimizer: its `plain_lr` is also the rate of the skip, which starts at a fit; nothing here has the other groups.
     """
 
@@ -81,6 +84,7 @@ class GaussianTrainConfig:
     seed: int = 0
     views: int = 2
     start_assets: int = 48
+    start_from: str | None = None
     precision: str = "bf16"
     loss: GaussianLossConfig = field(default_factory=GaussianLossConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -130,21 +134,20 @@ class GaussianTrainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         step = load_state(self.folder, self.decoder, self.average, self.optimizers, self.generator, self.settings)
-        forget_log_after(self.folder / LOG_FILE, step)
+        for name in (METRICS, SPEED):
+            forget_log_after(self.folder / name, step)
         if step == 0:
             self._start()
-            self._log({"step": 0, "psnr": self._validate()})
+            self._log({"step": 0, _PSNR: self._validate()})
         with training_progress(Console(stderr=True)) as bar:
             task = bar.add_task(self.config.name, total=self.config.steps, completed=step, note="")
             while step < self.config.steps:
                 record = self._step(step)
                 step += 1
                 if step % self.config.validate_every == 0 or step == self.config.steps:
-                    record["psnr"] = self._validate()
-                    bar.console.print(
-                        f"step {step}: loss {record['loss']:.4f}  validation PSNR {record['psnr']:.3f} dB"
-                    )
-                if step % 10 == 0 or "psnr" in record:
+                    record[_PSNR] = self._validate()
+                    bar.console.print(f"step {step}: loss {record['loss']:.4f}  validation PSNR {record[_PSNR]:.3f} dB")
+                if step % 10 == 0 or _PSNR in record:
                     self._log({"step": step, **record})
                 bar.update(task, completed=step, note=f"loss {record['loss']:.4f}")
                 if step % self.config.save_every == 0 or step == self.config.steps:
@@ -164,12 +167,29 @@ class GaussianTrainer:
         return Average(dict(self.decoder.named_parameters()), self.config.optimizer.ema)
 
     def _start(self) -> None:
-        """The linear fit, where the decoder has room for it."""
+        """The decoder to go on from, or else the linear fit, where the decoder has room for it."""
+        if self.config.start_from is not None:
+            self._take(self.config.start_from)
+            return
         if self.decoder.skip is None:
             return
         rng = np.random.default_rng((self.config.seed, 1))
         chosen = rng.choice(len(self.training), min(self.config.start_assets, len(self.training)), replace=False)
         fit_start(self.decoder, self.model, [self.training[number] for number in chosen.tolist()], self.cache)
+        self.average = self._averaged()
+
+    def _take(self, source: str) -> None:
+        """The weights of another decoder.
+
+        Raises:
+            InputError: none there, or one of other sizes.
+        """
+        other = load_gaussian_decoder(find_model(source))
+        wanted, found = config_to_dict(self.config.decoder), config_to_dict(other.config)
+        odd = [f"{key}: {found[key]}" for key, value in wanted.items() if found[key] != value]
+        if odd:
+            raise InputError(f"start_from: the decoder of {source} has other sizes; set in decoder: {', '.join(odd)}")
+        self.decoder.load_state_dict(other.state_dict())
         self.average = self._averaged()
 
     def _step(self, step: int) -> dict[str, float]:
@@ -235,8 +255,13 @@ class GaussianTrainer:
         return decoded_voxels(self.model, asset, self.config.decoder.packing, resolution, self.cache).to(self.device)
 
     def _log(self, record: dict[str, Any]) -> None:
-        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """What the clock says into a file of its own: the other is the same in a run that was killed."""
+        speed = {key: value for key, value in record.items() if key == "step" or "seconds" in key}
+        metrics = {key: value for key, value in record.items() if key == "step" or key not in speed}
+        for name, part in ((METRICS, metrics), (SPEED, speed)):
+            if len(part) > 1:
+                with (self.folder / name).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(part) + "\n")
 
 
 def fit_start(decoder: GaussianDecoder, model: AToken, assets: Sequence[StoredAsset], cache: Path) -> None:
