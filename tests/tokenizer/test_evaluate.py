@@ -30,6 +30,7 @@ from tokenizer.evaluation.command.evaluate import Progress, evaluate
 from tokenizer.evaluation.command.measurement import chosen_samples
 from tokenizer.evaluation.command.presets import PRESETS, find_preset
 from tokenizer.evaluation.command.results import COLUMNS
+from tokenizer.evaluation.command.systems import ATokenSystem
 from tokenizer.evaluation.metrics import psnr
 from tokenizer.media import load_image
 
@@ -175,7 +176,9 @@ class TestRun:
 
 @pytest.mark.usefixtures("bundled")
 class TestUnderstanding:
-    def test_accuracy_and_recall_of_a_model_that_is_aligned_with_text(self, tmp_path: Path) -> None:
+    def test_accuracy_and_recall_of_a_model_that_is_aligned_with_text(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Vectors by decree: of five pictures four are in the direction of their class; each is near its caption."""
         data = picture_folder(tmp_path / "data")
         model = load("atoken-nano", torch.device("cpu"))
@@ -202,6 +205,15 @@ class TestUnderstanding:
         named = evaluate(asked, lambda *_: model)
         assert named is not None
         assert named["kinds"]["image"]["atoken-nano"]["zero_shot"]["prompts"] == ["{}", "{} picture 3"]
+        # Nothing is decoded for what is understood alone.
+        monkeypatch.setattr(ATokenSystem, "reconstruct", None)
+        alone = evaluate(options(data, tmp_path / "alone", metrics=frozenset({"zero-shot"})), lambda *_: model)
+        assert alone is not None
+        assert list(alone["kinds"]) == ["image"]
+        only = alone["kinds"]["image"]
+        assert list(only) == ["atoken-nano"], "baselines understand nothing"
+        assert only["atoken-nano"]["figures"] == {"top1": row["figures"]["top1"]}
+        assert "retrieval" not in only["atoken-nano"]
         assert "a photo of a {}" in row["zero_shot"]["prompts"]
         with pytest.raises(InputError, match="'a picture' has no place for the name"):
             evaluate(options(data, tmp_path / "wrong", prompts=["a picture"]), lambda *_: model)
@@ -249,6 +261,10 @@ class TestUnderstanding:
     ("changes", "message"),
     [
         ({"metrics": frozenset({"fid"})}, "--metrics fid: unknown; choose from psnr"),
+        (
+            {"metrics": frozenset({"psnr"}), "preset": find_preset("msrvtt-1ka")},
+            "--metrics psnr: the preset msrvtt-1ka measures retrieval alone; choose another --preset",
+        ),
         ({"baselines": ["png"]}, "--baselines png: unknown"),
         ({"models": []}, "nothing to measure"),
         ({"limit": 0}, "--limit must be at least 1"),

@@ -38,6 +38,7 @@ from tokenizer.model.attention import attention_backend
 from tokenizer.text.zero_shot import check_prompts
 
 METRICS: Final = ("psnr", "ssim", "lpips", "frechet", "zero-shot", "retrieval")
+_UNDERSTANDING: Final = frozenset({"zero-shot", "retrieval"})
 PACKAGES: Final = ("atoken", "torch", "numpy", "pillow", "av", "transformers", "diffusers")
 
 _NETWORKS: Final[Mapping[Kind, tuple[str, str]]] = {"image": ("lite0", "inception"), "video": ("lite0-frames", "i3d")}
@@ -84,7 +85,7 @@ class Options:
     def wants(self, metric: str) -> bool:
         """Whether a metric of `METRICS` is measured."""
         tasks = self.preset.tasks
-        in_preset = metric in tasks or (metric not in ("zero-shot", "retrieval") and "reconstruction" in tasks)
+        in_preset = metric in tasks or (metric not in _UNDERSTANDING and "reconstruction" in tasks)
         return in_preset and (self.metrics is None or metric in self.metrics)
 
 
@@ -133,7 +134,7 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
     """
     progress = progress or Progress()
     with joined() as processes:
-        options = replace(options, device=processes.device(options.device))
+        options = replace(options, device=processes.device(options.device), preset=_asked_for(options))
         notes = _Notes(progress.remark)
         plan, facts = _plan(options, load_model, processes, notes)
         earlier = _finished(options.out, plan.arguments)
@@ -156,6 +157,26 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
         return results
 
 
+def _asked_for(options: Options) -> Preset:
+    """The preset with the tasks that its metrics need alone: who asks for understanding waits for no decoder.
+
+    Raises:
+        InputError: metrics that nobody knows, or that the preset has none of.
+    """
+    if options.metrics is None:
+        return options.preset
+    if unknown := options.metrics - set(METRICS):
+        raise InputError(f"--metrics {', '.join(sorted(unknown))}: unknown; choose from {', '.join(METRICS)}")
+    wanted = {metric if metric in _UNDERSTANDING else "reconstruction" for metric in options.metrics}
+    tasks = tuple(task for task in options.preset.tasks if task in wanted)
+    if not tasks:
+        raise InputError(
+            f"--metrics {', '.join(sorted(options.metrics))}: the preset {options.preset.name} measures "
+            f"{', '.join(options.preset.tasks)} alone; choose another --preset"
+        )
+    return replace(options.preset, tasks=tasks)
+
+
 def _finished(out: Path, arguments: Mapping[str, Any]) -> Results | None:
     """The results of an earlier run with the same arguments, if it came to its end."""
     if not (out / RESULTS).is_file():
@@ -173,8 +194,6 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
     """What is measured, and what the results say about it."""
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit must be at least 1, got {options.limit}")
-    if options.metrics is not None and (unknown := options.metrics - set(METRICS)):
-        raise InputError(f"--metrics {', '.join(sorted(unknown))}: unknown; choose from {', '.join(METRICS)}")
     if options.prompts:
         check_prompts(options.prompts)
     source, labels = open_source(options.data, read_captions(options.captions)), read_labels(options.labels)
