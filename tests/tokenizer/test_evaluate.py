@@ -128,6 +128,13 @@ class TestRun:
         assert (out / "results.json").stat().st_mtime_ns == before
         with pytest.raises(InputError, match=r"other arguments \(limit\)"):
             run(data, out, limit=1)
+        # Figures depend on the decoder of Gaussians too, which is no part of the model's own weights.
+        changed = load("atoken-nano", torch.device("cpu"))
+        assert changed.gaussian_decoder is not None
+        with torch.no_grad():
+            changed.gaussian_decoder.to_gaussians.bias.add_(1)
+        with pytest.raises(InputError, match=r"other arguments \(systems\)"):
+            evaluate(options(data, out), lambda *_: changed)
 
     def test_clips_pass_tile_by_tile_and_the_preset_says_how_much_of_them(self, tmp_path: Path) -> None:
         clip = scene(1, 34, 50, frames=30)

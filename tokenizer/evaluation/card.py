@@ -21,11 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tokenizer.api import AToken
 from tokenizer.atomic import atomic_path
 from tokenizer.checkpoints import bundled_models
 from tokenizer.errors import InputError
 from tokenizer.evaluation.command.markdown import table
 from tokenizer.evaluation.command.results import COLUMNS, SAMPLES, Results, columns_of
+from tokenizer.evaluation.command.systems import file_checksum, parts_digests
 
 CARD: Final = "README.md"
 BEGIN: Final = "<!-- figures on {data}: written by atoken evaluate --card -->"
@@ -58,9 +60,9 @@ def update_card(results: Results, samples: Sequence[Mapping[str, Any]]) -> Path:
     folder = bundled_models().get(name)
     if folder is None:
         raise InputError(f"--card: '{name}' is not a bundled model; cards are theirs")
-    from tokenizer.evaluation.command.systems import file_checksum
-
-    if results["systems"][name].get("weights_sha256") != file_checksum(name):
+    measured = results["systems"][name]
+    bundled = file_checksum(name), parts_digests(AToken.from_pretrained(name))
+    if (measured.get("weights_sha256"), measured.get("parts")) != bundled:
         raise InputError(f"--card: these results are of other weights than those bundled as '{name}'; measure again")
     card = folder / CARD
     text, begin = card.read_text(encoding="utf-8"), begin_mark(results["data"]["source"])
@@ -85,10 +87,13 @@ def card_figures(results: Results, samples: Sequence[Mapping[str, Any]]) -> str:
     Costs are left out: they are of the machine, not of the model.
     """
     preset, name = results["preset"], next(iter(results["systems"]))
-    machine, weights = results["machine"], str(results["systems"][name]["weights_sha256"])[:16]
+    machine, model = results["machine"], results["systems"][name]
     place = machine["device"].split()[0].upper()
+    weights = f"weights `{model['weights_sha256'][:16]}…`"
+    if "asset" in results["kinds"] and "gaussian_decoder" in model["parts"]:
+        weights += f", Gaussian decoder `{model['parts']['gaussian_decoder'][:16]}…`"
     told = (
-        f"{preset['protocol']} In {machine['dtype']} on a {place}; weights `{weights}…`. In brackets 95 % bootstrap "
+        f"{preset['protocol']} In {machine['dtype']} on a {place}; {weights}. In brackets 95 % bootstrap "
         "intervals over samples. Bits are those of latents as stored in this type; in bfloat16 they are half as many."
     )
     lines = ["", *textwrap.wrap(told, 120)]

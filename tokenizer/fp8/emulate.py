@@ -1,8 +1,7 @@
 """The arithmetic of FP8 linear layers in plain torch, for any device; slower than bfloat16, and for numerics alone.
 
 A tensor is multiplied by a scale that brings its largest value to the largest of the type, or by the power of two below
-it, rounded to FP8 (to nearest,
-ties to even, saturating), and the three products of a layer take the rounded numbers:
+it, and rounded to FP8 (to nearest, ties to even, saturating). The three products of a layer take the rounded numbers:
 
     y  = X_q W_q^T / (s_x s_w)        forward, both E4M3
     dx = G_q W_q   / (s_g s_w)        gradients are E5M2 in the hybrid format

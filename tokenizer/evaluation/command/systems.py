@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.api import AToken, VisualEncoding
 from tokenizer.assets.views import Views
@@ -29,6 +29,7 @@ from tokenizer.errors import InputError
 from tokenizer.evaluation.command.cost import measured
 from tokenizer.evaluation.command.presets import Kind, Preset
 from tokenizer.evaluation.command.samples import Asset, Frames, Sample
+from tokenizer.fingerprint import weights_digest
 from tokenizer.model.context import Tiling
 from tokenizer.patches import VisualSize, float_to_uint8, tokens_to_pixels, uint8_to_float
 from tokenizer.sparse import SparseTokens
@@ -190,6 +191,7 @@ class ATokenSystem:
             "latent_space": self.model.fingerprint,
             "weights_sha256": file_checksum(self._source),
             "weights_digest": self.model.weights_digest,
+            "parts": parts_digests(self.model),
             "parameters": sum(tensor.numel() for tensor in self.model.state_dict().values()),
             "patch": list(self.model.config.patch_size),
             "bits_per_token": self.bits_per_token,
@@ -305,6 +307,12 @@ def load_adapter(spec: str) -> AdapterSystem:
         if not hasattr(adapter, member):
             raise InputError(f"--adapter {spec}: has no '{member}'; an adapter has name, encode and decode")
     return AdapterSystem(adapter, facts={"source": spec})
+
+
+def parts_digests(model: AToken) -> dict[str, str]:
+    """Of what a model has beside its latent space: figures change with it although the model is the same."""
+    parts = {"gaussian_decoder": model.gaussian_decoder, "text_alignment": model.text_alignment}
+    return {name: weights_digest(part.state_dict()) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def file_checksum(source: str) -> str | None:
