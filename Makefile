@@ -46,6 +46,9 @@ nano: $(READY)
 		model=runs/nano-stage2/model
 	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage3.yaml
 	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage4.yaml
+	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
+		model=runs/nano-stage3/model start_from=runs/nano-stage3/model
+	cp runs/nano-gaussians-on/gaussians/* runs/nano-stage3/model/gaussians/
 	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
 		--data packaged --preset nano --linear tests/linear_code.npz --out runs/nano-evaluation
 	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \

@@ -21,12 +21,13 @@ from tokenizer.assets.mesh import Material, Mesh
 from tokenizer.assets.packing import octants
 from tokenizer.assets.raycast import render_views
 from tokenizer.cameras import sphere_cameras
+from tokenizer.checkpoints import find_model
 from tokenizer.config import load_config
 from tokenizer.errors import InputError
 from tokenizer.evaluation import assets as evaluation
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
 from tokenizer.gaussians.attributes import SH_DEGREE_0
-from tokenizer.gaussians.checkpoints import save_gaussian_decoder
+from tokenizer.gaussians.checkpoints import load_gaussian_decoder, save_gaussian_decoder
 from tokenizer.sparse import SparseTokens
 from tokenizer.training import gaussian_trainer
 from tokenizer.training.asset_store import decoded_voxels, read_store
@@ -180,6 +181,9 @@ def test_a_run_goes_on_from_another_decoder(store: Path, tiny_models: Path, tmp_
     for name, tensor in other.state_dict().items():
         assert torch.equal(made.decoder.state_dict()[name], tensor), name
     assert torch.equal(made.average.values["skip.weight"], other.skip.weight)  # type: ignore[union-attr]
+    bundled = load_config(GaussianTrainConfig, CONFIG.with_stem("nano-gaussians-on"))
+    assert bundled.start_from is not None
+    assert bundled.decoder == load_gaussian_decoder(find_model(bundled.start_from)).config
     narrow = replace(settings, decoder=replace(SMALL, mlp_width=20), start_from=str(tmp_path / "other"))
     with pytest.raises(InputError, match="other has other sizes; set in decoder: mlp_width: 16"):
         GaussianTrainer(narrow, torch.device("cpu"))._start()
