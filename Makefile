@@ -49,6 +49,9 @@ nano: $(READY)
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
 		model=runs/nano-stage3/model start_from=runs/nano-stage3/model
 	cp runs/nano-gaussians-on/gaussians/* runs/nano-stage3/model/gaussians/
+	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
+		model=runs/nano-stage4/model start_from=runs/nano-stage4/model steps=1600 out=runs/nano-d-gaussians-on
+	cp runs/nano-d-gaussians-on/gaussians/* runs/nano-stage4/model/gaussians/
 	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
 		--data packaged --preset nano --linear tests/linear_code.npz --out runs/nano-evaluation
 	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \

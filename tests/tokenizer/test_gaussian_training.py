@@ -148,7 +148,7 @@ def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
     stopped = trainer(tmp_path / "parts")
     original = stopped._step
 
-    def step_until_killed(step: int) -> dict[str, float]:
+    def step_until_killed(step: int) -> tuple[dict[str, float], dict[str, float]]:
         if step == 3:  # after the state of step 2 was saved
             raise KeyboardInterrupt
         return original(step)
@@ -186,7 +186,7 @@ def test_a_run_goes_on_from_another_decoder(store: Path, tiny_models: Path, tmp_
     assert bundled.decoder == load_gaussian_decoder(find_model(bundled.start_from)).config
     narrow = replace(settings, decoder=replace(SMALL, mlp_width=20), start_from=str(tmp_path / "other"))
     with pytest.raises(InputError, match="other has other sizes; set in decoder: mlp_width: 16"):
-        GaussianTrainer(narrow, torch.device("cpu"))._start()
+        GaussianTrainer(narrow, torch.device("cpu"))
 
 
 def test_the_skip_learns_at_the_plain_rate_and_is_not_decayed(trainer: Callable[[Path], GaussianTrainer]) -> None:

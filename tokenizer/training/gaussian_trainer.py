@@ -11,18 +11,15 @@ average and logs are those of the curriculum, whose third stage starts from the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tokenizer.api import AToken
@@ -39,12 +36,13 @@ from tokenizer.sparse import SparseTokens
 from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
-from tokenizer.training.curriculum.records import METRICS, SPEED, forget_log_after
+from tokenizer.training.curriculum.records import Records
 from tokenizer.training.gaussian_start import start_from_octants
-from tokenizer.training.progress import training_progress
 from tokenizer.training.state import load_state, save_state
 
 _PSNR = "validation/assets/psnr"
+
+_LOG_EVERY = 10
 
 MAX_BAD_STEPS = 20
 """Steps in a row with a loss or gradient that is not finite, after which a run stops."""
@@ -106,6 +104,8 @@ class GaussianTrainer:
         self.config, self.device = config, device
         self.folder = Path(config.out)
         self.settings = config_to_dict(config)
+        # Read at once: decoding the assets takes minutes.
+        self._earlier = _earlier_decoder(config)
         self.model = AToken.from_pretrained(config.model, dtype=torch.float32, device=device)
         self.cache = Path(config.data) / "decoded"
         assets, skipped = decode_all(
@@ -132,25 +132,24 @@ class GaussianTrainer:
         Raises:
             InputError: too many steps in a row with a loss or gradient that is not finite.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         step = load_state(self.folder, self.decoder, self.average, self.optimizers, self.generator, self.settings)
-        for name in (METRICS, SPEED):
-            forget_log_after(self.folder / name, step)
-        if step == 0:
-            self._start()
-            self._log({"step": 0, _PSNR: self._validate()})
-        with training_progress(Console(stderr=True)) as bar:
-            task = bar.add_task(self.config.name, total=self.config.steps, completed=step, note="")
+        with Records(self.folder, self.config.name, self.config.steps, active=True) as records:
+            records.start(step)
+            if step == 0:
+                self._start()
+                records.metrics(0, {_PSNR: self._validate()})
             while step < self.config.steps:
-                record = self._step(step)
+                metrics, speed = self._step(step)
                 step += 1
                 if step % self.config.validate_every == 0 or step == self.config.steps:
-                    record[_PSNR] = self._validate()
-                    bar.console.print(f"step {step}: loss {record['loss']:.4f}  validation PSNR {record[_PSNR]:.3f} dB")
-                if step % 10 == 0 or _PSNR in record:
-                    self._log({"step": step, **record})
-                bar.update(task, completed=step, note=f"loss {record['loss']:.4f}")
+                    metrics[_PSNR] = self._validate()
+                    records.say(f"step {step}: loss {metrics['loss']:.4f}  validation PSNR {metrics[_PSNR]:.3f} dB")
+                if step % _LOG_EVERY == 0 or _PSNR in metrics:
+                    records.metrics(step, metrics)
+                    records.speed(step, speed)
+                records.advance(step, f"loss {metrics['loss']:.4f}")
                 if step % self.config.save_every == 0 or step == self.config.steps:
+                    records.flush()
                     save_state(
                         self.folder,
                         step,
@@ -167,9 +166,10 @@ class GaussianTrainer:
         return Average(dict(self.decoder.named_parameters()), self.config.optimizer.ema)
 
     def _start(self) -> None:
-        """The decoder to go on from, or else the linear fit, where the decoder has room for it."""
-        if self.config.start_from is not None:
-            self._take(self.config.start_from)
+        """The weights to go on from, or else the linear fit, where the decoder has room for it."""
+        if self._earlier is not None:
+            self.decoder.load_state_dict(self._earlier.state_dict())
+            self.average = self._averaged()
             return
         if self.decoder.skip is None:
             return
@@ -178,21 +178,8 @@ class GaussianTrainer:
         fit_start(self.decoder, self.model, [self.training[number] for number in chosen.tolist()], self.cache)
         self.average = self._averaged()
 
-    def _take(self, source: str) -> None:
-        """The weights of another decoder.
-
-        Raises:
-            InputError: none there, or one of other sizes.
-        """
-        other = load_gaussian_decoder(find_model(source))
-        wanted, found = config_to_dict(self.config.decoder), config_to_dict(other.config)
-        odd = [f"{key}: {found[key]}" for key, value in wanted.items() if found[key] != value]
-        if odd:
-            raise InputError(f"start_from: the decoder of {source} has other sizes; set in decoder: {', '.join(odd)}")
-        self.decoder.load_state_dict(other.state_dict())
-        self.average = self._averaged()
-
-    def _step(self, step: int) -> dict[str, float]:
+    def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        """What a step did, and how long it took."""
         started = time.perf_counter()
         rng = np.random.default_rng((self.config.seed, 0, step))
         asset = self.training[int(rng.integers(len(self.training)))]
@@ -217,15 +204,14 @@ class GaussianTrainer:
                     f"lower optimizer.lr or look at the data (the last asset was {asset.file})"
                 )
         self.decoder.zero_grad(set_to_none=True)
-        return {
+        metrics = {
             "loss": float(loss.detach()),
             **terms,
             "grad norm": float(norm),
             "rate": rate,
             "voxels": voxels.num_tokens,
-            "seconds": time.perf_counter() - started,
-            "data seconds": waited,
         }
+        return metrics, {"seconds": time.perf_counter() - started, "data seconds": waited}
 
     def _loss(self, voxels: SparseTokens, pictures: Tensor, cameras: Cameras) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -254,14 +240,23 @@ class GaussianTrainer:
         resolution = self.config.decoder.resolution
         return decoded_voxels(self.model, asset, self.config.decoder.packing, resolution, self.cache).to(self.device)
 
-    def _log(self, record: dict[str, Any]) -> None:
-        """What the clock says into a file of its own: the other is the same in a run that was killed."""
-        speed = {key: value for key, value in record.items() if key == "step" or "seconds" in key}
-        metrics = {key: value for key, value in record.items() if key == "step" or key not in speed}
-        for name, part in ((METRICS, metrics), (SPEED, speed)):
-            if len(part) > 1:
-                with (self.folder / name).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(part) + "\n")
+
+def _earlier_decoder(config: GaussianTrainConfig) -> GaussianDecoder | None:
+    """What `start_from` names.
+
+    Raises:
+        InputError: no decoder there, or one of other sizes.
+    """
+    if config.start_from is None:
+        return None
+    earlier = load_gaussian_decoder(find_model(config.start_from))
+    wanted, found = config_to_dict(config.decoder), config_to_dict(earlier.config)
+    odd = [f"{key}: {found[key]}" for key, value in wanted.items() if found[key] != value]
+    if odd:
+        raise InputError(
+            f"start_from: the decoder of {config.start_from} has other sizes; set in decoder: {', '.join(odd)}"
+        )
+    return earlier
 
 
 def fit_start(decoder: GaussianDecoder, model: AToken, assets: Sequence[StoredAsset], cache: Path) -> None:

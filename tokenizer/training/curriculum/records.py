@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
-from tokenizer.training.progress import training_progress
 
 METRICS, SPEED, TENSORBOARD = "metrics.jsonl", "speed.jsonl", "tensorboard"
 
@@ -52,7 +52,7 @@ class Records:
     def __init__(self, folder: Path, name: str, steps: int, *, active: bool) -> None:
         self.folder, self.name, self.steps, self.active = folder, name, steps, active
         self.console = Console(stderr=True)
-        self._bar = training_progress(self.console)
+        self._bar = _progress(self.console)
         self._bar.disable = not active or not self.console.is_terminal
         self._task = self._bar.add_task(name, total=steps, note="")
         self._board: Any = None
@@ -117,6 +117,19 @@ class Records:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def _progress(console: Console) -> Progress:
+    """Steps done, time gone and time left, and the field "note" beside them."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def forget_log_after(path: Path, step: int) -> None:
