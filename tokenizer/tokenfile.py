@@ -176,12 +176,15 @@ class TokenWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part_paths = [temporary_beside(self.path) for _ in range(2)]
         try:
-            self._parts = [part.open("w+b") for part in self._part_paths]
-        except OSError as error:
-            for part in self._part_paths:
-                part.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-        return self
+            for path in self._part_paths:
+                self._parts.append(path.open("w+b"))
+            return self
+        except BaseException as error:  # an interrupt too: nobody calls __exit__ yet
+            for path in self._part_paths:
+                path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

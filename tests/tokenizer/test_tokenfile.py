@@ -393,3 +393,19 @@ def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.Monkey
         write(tmp_path / "x.atok")
     assert error.value.filename == str(tmp_path / "x.atok")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_while_parts_are_opened_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, whole = [], Path.open
+
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(whole(path, *arguments, **options))
+        if len(opened) == 2:
+            raise KeyboardInterrupt
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), TokenWriter(tmp_path / "clip.atok"):
+        pass
+    assert len(opened) == 2
+    assert not list(tmp_path.iterdir())
