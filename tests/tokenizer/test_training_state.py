@@ -27,7 +27,7 @@ class Run:
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.network = torch.nn.Linear(24, 24)
-        self.average = Average(dict(self.network.named_parameters()), 0.9)
+        self.average = Average(dict(self.network.named_parameters()), 0.9, 0)
         self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(self.network.parameters())]
 
     def train(self, steps: int) -> None:

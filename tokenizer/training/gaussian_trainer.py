@@ -163,7 +163,8 @@ class GaussianTrainer:
         return self.decoder
 
     def _averaged(self) -> Average:
-        return Average(dict(self.decoder.named_parameters()), self.config.optimizer.ema)
+        settings = self.config.optimizer
+        return Average(dict(self.decoder.named_parameters()), settings.ema, settings.ema_warmup)
 
     def _start(self) -> None:
         """The weights to go on from, or else the linear fit, where the decoder has room for it."""

@@ -6,6 +6,8 @@ Gradients are clipped at a norm of 1: the paper does not say whether it clips; 1
 The encoder that learns at a tenth of the rate is what a SigLIP 2 checkpoint brings, transformer and pool. The layer
     that writes the posterior is new and learns at the full rate, as the decoder does.
 Biases, norms, scales and position tables are not decayed.
+The average has a shorter memory while the rate warms up: at 0.9999 alone, four fifths of it would be the weights that
+    the run began with when the warm-up ends.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class TextConfig:
 class RenderingWeights:
     """Of 3D reconstruction, before the weight of all reconstruction; see `tokenizer.losses.gaussians`.
 
-    voxels: of the L1 of decoded voxels, which keeps the pixels that Gaussians are made from.
+    voxels: of the L1 of decoded voxels, which keeps the pixels that Gaussians are made from; in the place of `loss.l1`.
     """
 
     voxels: float = 1.0
@@ -102,7 +104,8 @@ class OptimizerSettings:
         all.
     plain_lr: peak rate of what is not decayed (biases, norms, scales, position tables); by default `lr`.
     max_grad_norm: longer gradients are scaled down to it.
-    ema: how much of the averaged weights stays in each step, less in the first few.
+    ema: how much of the averaged weights stays in each step.
+    ema_warmup: steps in which less stays, so that the average is not of where the run began.
     """
 
     lr: float = 3e-4
@@ -119,12 +122,15 @@ class OptimizerSettings:
     plain_lr: float | None = None
     max_grad_norm: float = 1.0
     ema: float = 0.9999
+    ema_warmup: int = 2000
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr or not self.lr > 0 or self.warmup < 0:
             raise InputError(f"optimizer needs 0 <= min_lr <= lr, lr above 0 and warmup of at least 0, got {self}")
-        if not 0 <= self.ema < 1 or not self.max_grad_norm > 0:
-            raise InputError(f"optimizer.ema must lie in 0..1 and max_grad_norm above 0, got {self}")
+        if not 0 <= self.ema < 1 or self.ema_warmup < 0 or not self.max_grad_norm > 0:
+            raise InputError(
+                f"optimizer.ema must lie in 0..1, ema_warmup be at least 0 and max_grad_norm above 0, got {self}"
+            )
         if not 0 < self.decay_fraction <= 1:
             raise InputError(f"optimizer.decay_fraction must lie in 0..1 and above 0, got {self.decay_fraction}")
         if any(rate is not None and not rate > 0 for rate in (self.muon_lr, self.plain_lr)):
@@ -183,6 +189,8 @@ class RunConfig:
     compile: the transformers' blocks, by torch's compiler: fewer passes over memory, while the first batches of a kind
         take longer. Made for CUDA; on a CPU, batches with another number of lengths are compiled anew, eight at most.
         Blocks that `fp8.backend=triton` fuses are left as they are, and Megatron's layers.
+    recompute: keep of a block what goes in alone, and compute the rest again on the way back: more time, for
+        micro-batches that would not fit. Megatron has `megatron.recompute_granularity`.
     attention: "cudnn" runs batches whose images, clips or assets all have one number of tokens by cuDNN's kernel, which
         plans anew for each such number and batch size; for runs at few sizes, on CUDA. Megatron has its own.
     engine: "auto" is "ddp" in several processes (torchrun), else "single"; "fsdp2" shares parameters out too.
@@ -217,6 +225,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     fp8: FP8Config | None = None
     compile: bool = False
+    recompute: bool = False
     attention: Literal["varlen", "cudnn"] = "varlen"
     engine: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
     seed: int = 0

@@ -92,11 +92,31 @@ class Objective:
         # Both sides of the distillation have the scale that is stated for it, whatever the sigmoid loss learns.
         self.distillation_scale = SimilarityScale(choices.sigmoid_scale, choices.sigmoid_bias)
 
+    @torch.no_grad()
+    def try_networks(self, device: torch.device) -> None:
+        """Show the frozen networks a black square of `choices.side`, so that one they do not take is known at once.
+
+        Raises:
+            InputError: too small, or no whole number of patches.
+        """
+        black = [torch.zeros(1, 1, 3, device=device)]
+        try:
+            if self.lpips is not None:
+                self.lpips.activations(squares(black, self.choices.side))
+            if self.clip_network is not None:
+                self.clip_network(squares(black, self._clip_side(self.clip_network)))
+        except InputError as error:
+            raise InputError(f"choices.side is {self.choices.side}: {error}") from None
+
+    def _clip_side(self, network: ImageNetwork) -> int:
+        """Of the squares that the CLIP loss compares: some networks take one size alone."""
+        return self.choices.side if getattr(network, "naflex", True) else network.side
+
     def names(self, task: str) -> list[str]:
         """The terms of a task, for logs: "task/term"."""
         if is_understanding(task):
             return [f"{task}/semantic", *([f"{task}/imitation"] if self.weights.imitation else [])]
-        names = ["l1", "kl", *(["psnr"] if self.weights.psnr else [])]
+        names = ["l1", *(["kl"] if self.kl_weight else []), *(["psnr"] if self.weights.psnr else [])]
         if task == IMAGE_RECONSTRUCTION:
             names += [name for name in ("lpips", "gram", "clip") if getattr(self.weights, name)]
         if task == ASSET_RECONSTRUCTION:
@@ -158,10 +178,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         task, totals, weights = prepared.task, prepared.totals, self.weights
         existing = None if is_video(task) else self.patch_size[1] * self.patch_size[2] * 3
-        terms = {
-            "l1": l1(outputs["decoded"], prepared.tokens.features, existing).sum() / totals.tokens,
-            "kl": kl(Posterior(prepared.tokens.with_features(outputs["parameters"]))).sum() / totals.tokens,
-        }
+        terms = {"l1": l1(outputs["decoded"], prepared.tokens.features, existing).sum() / totals.tokens}
         factor = self.rendering.voxels if task == ASSET_RECONSTRUCTION else weights.l1
         reconstruction = factor * terms["l1"]
         if weights.psnr:
@@ -178,7 +195,12 @@ class Objective:
             for name, value in views.items():
                 terms[name] = value / totals.views
                 reconstruction = reconstruction + factors[name] * terms[name]
-        return weights.reconstruction * reconstruction + self.kl_weight * terms["kl"] + outputs["fault"], terms
+        loss = weights.reconstruction * reconstruction + outputs["fault"]
+        # Nothing trains the variances of a discrete model: they may overflow, and zero times infinity is no zero.
+        if self.kl_weight:
+            terms["kl"] = kl(Posterior(prepared.tokens.with_features(outputs["parameters"]))).sum() / totals.tokens
+            loss = loss + self.kl_weight * terms["kl"]
+        return loss, terms
 
     def _perceptual(self, prepared: Prepared, decoded: Tensor) -> dict[str, Tensor]:
         """LPIPS, Gram and CLIP of the first pictures, each [n]; those that weigh nothing are left out."""
@@ -200,7 +222,7 @@ class Objective:
             if weights.gram:
                 found["gram"] = gram(made, wanted)
         if self.clip_network is not None and weights.clip:
-            side = self.choices.side if getattr(self.clip_network, "naflex", True) else self.clip_network.side
+            side = self._clip_side(self.clip_network)
             with torch.no_grad():
                 goal = self.clip_network(squares(real, side))
             found["clip"] = clip(self.clip_network(squares(ours, side)), goal)
@@ -237,7 +259,7 @@ def make_objective(config: RunConfig, device: torch.device) -> Objective:
     sizes, weights = network_config(config), config.loss
     lpips = LPIPS.from_package(config.choices.lpips_backbone).to(device) if weights.lpips or weights.gram else None
     network = make_clip_network(config.choices, device) if weights.clip else None
-    return Objective(
+    objective = Objective(
         weights,
         config.choices,
         config.rendering,
@@ -247,3 +269,5 @@ def make_objective(config: RunConfig, device: torch.device) -> Objective:
         clip_network=network,
         perceptual_images=config.perceptual_images,
     )
+    objective.try_networks(device)
+    return objective

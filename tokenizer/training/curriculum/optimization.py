@@ -176,9 +176,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: float
         torch._foreach_mul_(gradients, limit / norm)
 
 
-def averaging_weight(decay: float, step: int) -> float:
-    """How far an average moves towards the parameters after step number `step`, from 0; further in the first steps."""
-    return 1.0 - min(decay, (1 + step) / (10 + step))
+def averaging_weight(decay: float, step: int, warmup: int) -> float:
+    """How far an average moves towards the parameters after step number `step`, from 0; further in `warmup` steps.
+
+    There it remembers about a tenth of the steps so far, so that it does not hold on to where a run began.
+    """
+    return 1.0 - (min(decay, (1 + step) / (10 + step)) if step < warmup else decay)
 
 
 class Average:
@@ -186,18 +189,18 @@ class Average:
 
     Args:
         parameters: by name; shared-out ones are averaged share by share.
-        decay: how much of the average stays in each step.
+        decay: how much of the average stays in each step. warmup: the number of those first steps.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, warmup: int) -> None:
+        self.decay, self.warmup = decay, warmup
         self.parameters = parameters
         self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the parameters after step number `step` (from 0)."""
-        weight = averaging_weight(self.decay, step)
+        weight = averaging_weight(self.decay, step, self.warmup)
         values = [local(value) for value in self.values.values()]
         torch._foreach_lerp_(values, [local(parameter.detach()) for parameter in self.parameters.values()], weight)
 

@@ -10,6 +10,7 @@ the blocks in FP8 (`tokenizer.fp8`), under the same names of parameters, so that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer.errors import InputError
 from tokenizer.fp8 import convert
@@ -85,6 +87,9 @@ class TorchEngine:
         self.conversion = convert(self.model, config.fp8, device) if config.fp8 is not None else None
         if config.attention == "cudnn":
             _attend_by_cudnn(self.model, device)
+        if config.recompute:
+            for block in self.model.stacks():
+                compute_again(block)
         if config.compile:
             for block in self.model.stacks():
                 block.compile()
@@ -98,7 +103,7 @@ class TorchEngine:
             for parameter in group["params"]
         }
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.average = Average(self.trained, config.optimizer.ema)
+        self.average = Average(self.trained, config.optimizer.ema, config.optimizer.ema_warmup)
 
     @property
     def device(self) -> torch.device:
@@ -210,7 +215,7 @@ class TorchEngine:
         for name, parameter in self.trained.items():
             if name in state["optimizer"]:
                 self._optimizer_of(parameter).state[parameter] = {
-                    kind: value.clone() if kind == "step" else _like(value, parameter)
+                    kind: self._count_like(value, parameter) if kind == "step" else _like(value, parameter)
                     for kind, value in state["optimizer"][name].items()
                 }
         if self.conversion is not None:
@@ -220,6 +225,11 @@ class TorchEngine:
         """What the optimizers remember of each parameter that has been trained, by name."""
         found = {name: self._optimizer_of(parameter).state.get(parameter) for name, parameter in self.trained.items()}
         return {name: dict(state) for name, state in found.items() if state}
+
+    def _count_like(self, count: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A count of steps where the optimizer looks for it: the fused one on the device, the others on the host."""
+        fused = self._optimizer_of(parameter).defaults.get("fused")
+        return count.to(parameter.device if fused else "cpu", copy=True)
 
     def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
         return self.optimizers[self._owner[parameter]]
@@ -246,8 +256,18 @@ def _attend_by_cudnn(model: TrainedModel, device: torch.device) -> None:
             module.cudnn = True
 
 
+def compute_again(block: nn.Module) -> None:
+    """Keep of the block what goes in alone. Its `forward` is exchanged: a module around it would rename parameters."""
+    # Nothing in a block draws random numbers.
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def share_out(model: TrainedModel, device: torch.device) -> None:
-    """Shard parameters over all processes (FSDP2), a block at a time, and what is left with the whole model."""
+    """Shard parameters over all processes (FSDP2), a block at a time, and what is left with the whole model.
+
+    The latter too is given back after each forward pass, which is not FSDP2's default: it would stay gathered, until
+    the next way back, after a pass that has none, and checkpoints and averages would be of what was gathered then.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -255,7 +275,8 @@ def share_out(model: TrainedModel, device: torch.device) -> None:
     for block in model.stacks():
         fully_shard(block, mesh=mesh)
     # Scalars, the scale of the scores, cannot be shared out.
-    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.ndim == 0})
+    scalars = {p for p in model.parameters() if p.ndim == 0}
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
 
 
 def _plain_copy(model: TrainedModel) -> TrainedModel:
