@@ -3,6 +3,7 @@
 data:
   ratios: {image_reconstruction: 2, video_understanding: 1, video_reconstruction: 6}
   budgets: {image_understanding: 65536, image_reconstruction: 65536, video_understanding: 32768, ...}
+  batches: {image_understanding: 8192}
   workers: 8
   sources:
     - {name: photographs, task: image_reconstruction, shards: sets/photographs/train}
@@ -81,12 +82,16 @@ class DataConfig:
     """Everything that a loader needs but the seed and the place among the processes of a run.
 
     sources, ratios, budgets, every_step, workers, look_ahead, ahead, oversized, timeout: as for `Loader`.
-    max_broken: share of broken samples that stops the run.
+    batches: samples of a step in all processes together, by task; each time that batches are taken from the loader
+        (`accumulation`) there are as many. They are packed into as many batches under the task's budget as they need.
+        A task that is not named has one batch in each process, filled up to its budget.
+    max_broken: share of broken samples that stops the run; what is too large for its budget is not broken.
     """
 
     sources: tuple[SourceConfig, ...]
     ratios: dict[Task, int]
     budgets: dict[Task, int]
+    batches: dict[Task, int] = field(default_factory=dict)
     every_step: tuple[Task, ...] = EVERY_STEP
     workers: int = 0
     look_ahead: dict[Task, int] = field(default_factory=dict)
@@ -136,6 +141,7 @@ def open_loader(
         feeds or [open_feed(source, seed) for source in config.sources],
         ratios=config.ratios,
         budgets=config.budgets,
+        batches=config.batches,
         seed=seed,
         every_step=config.every_step,
         workers=config.workers,

@@ -2,6 +2,9 @@
 
 Every fault is counted under its cause. The quarantine file names each broken sample once, one JSON object a line, so
 that a data set can be mended; it is appended to, also by later runs and by other processes.
+
+A sample that is larger than a batch may be is whole: it is named and counted too, but apart. Of a large source some are
+to be expected; a source of which hardly any sample fits has settings that do not fit it, and stops the run.
 """
 
 from __future__ import annotations
@@ -18,7 +21,14 @@ from data.samples import Fault
 from tokenizer.errors import InputError
 
 ENOUGH_TO_JUDGE = 200
-"""Samples before the share of faults may stop a run."""
+"""Samples before the share of faults, or of those too large, may stop a run."""
+
+MOST_TOO_LARGE = 0.9
+"""Share of a source's samples that may be too large for a batch. What is left of such a source is a choice of its
+small samples, at a tenth of the speed; nobody wants that, but fewer may be meant."""
+
+TOO_LARGE = "too large"
+"""The cause under which such samples are named."""
 
 
 class Quarantine:
@@ -29,7 +39,8 @@ class Quarantine:
         file: where broken samples are named; nowhere by default.
 
     Attributes:
-        good, causes: samples that were used, and that were lost by cause.
+        good, causes: samples that could be read, and that were lost by cause.
+        too_large: by source, how many that could be read, and how many of them no batch can hold.
         last: what the last fault was; empty without one.
     """
 
@@ -40,6 +51,7 @@ class Quarantine:
         self.file = None if file is None else Path(file)
         self.good = 0
         self.causes: Counter[str] = Counter()
+        self.too_large: dict[str, tuple[int, int]] = {}
         self.last = ""
         # A broken shard is one line, not one for each of its samples.
         self._named: set[tuple[str, str, str]] = set()
@@ -49,9 +61,26 @@ class Quarantine:
         """Samples lost."""
         return self.causes.total()
 
-    def count_good(self) -> None:
-        """Count a sample that was used."""
+    def count_good(self, source: str) -> None:
+        """Count a sample that could be read."""
         self.good += 1
+        read, left_out = self.too_large.get(source, (0, 0))
+        self.too_large[source] = read + 1, left_out
+
+    def leave_out(self, source: str, fault: Fault) -> None:
+        """Count and name a sample, counted as good already, that no batch can hold.
+
+        Raises:
+            InputError: hardly any sample of the source is of use.
+        """
+        read, left_out = self.too_large.get(source, (0, 0))
+        self.too_large[source] = read, left_out + 1
+        self._name(fault)
+        if read >= ENOUGH_TO_JUDGE and left_out + 1 > MOST_TOO_LARGE * read:
+            raise InputError(
+                f"source {source}: {left_out + 1} of {read} samples are {TOO_LARGE}; raise the budget of its task or "
+                f"lower its resolution; the last: {fault.detail}"
+            )
 
     def add(self, fault: Fault) -> None:
         """Count and name a fault.
@@ -76,12 +105,22 @@ class Quarantine:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, ready for JSON."""
-        return {"good": self.good, "causes": dict(self.causes)}
+        return {
+            "good": self.good,
+            "causes": dict(self.causes),
+            "too large": {source: list(counts) for source, counts in self.too_large.items()},
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with counts of before."""
-        self.good = int(state["good"])
-        self.causes = Counter({str(cause): int(count) for cause, count in state["causes"].items()})
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Go on with counts of before, those of several processes added up."""
+        self.good = sum(int(state["good"]) for state in states)
+        self.causes, self.too_large = Counter(), {}
+        for state in states:
+            # Checkpoints of before counted what is too large among what is broken.
+            self.causes.update({str(cause): int(n) for cause, n in state["causes"].items() if cause != TOO_LARGE})
+            for source, (read, left_out) in state.get("too large", {}).items():
+                before = self.too_large.get(source, (0, 0))
+                self.too_large[source] = before[0] + int(read), before[1] + int(left_out)
 
     def _name(self, fault: Fault) -> None:
         # A key is known where a sample was read but not understood; else what is broken is its shard.

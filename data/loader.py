@@ -3,6 +3,10 @@
     loader = Loader(feeds, ratios=VIDEO_STAGE, budgets={Task.IMAGE_UNDERSTANDING: 65536, ...}, seed=0, workers=8)
     for batches in loader:                       # one step: a batch of each task of the step
         ...
+
+A task that has a batch size gives as many batches a step as its samples need, one behind the other; the other tasks
+give one, filled up to its budget.
+
     state = loader.state_dict()                  # of every process, into the checkpoint
 
 Which samples come, and in which order, depends on the seed, the sources, their reading and the place among the
@@ -14,16 +18,16 @@ an epoch no sample is lost or given twice.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from data.batch import Batch
-from data.faults import Quarantine
+from data.faults import TOO_LARGE, Quarantine
 from data.mixture import EVERY_STEP, Mixture, Source, Task
 from data.packing import Oversized, Packer, Report
+from data.portions import Portions, share
 from data.samples import Fault
 from data.shards.manifest import ShardSet
 from data.stream import Position, Reading, Stream
@@ -64,18 +68,21 @@ class Loader:
         feeds: the sources.
         ratios: tasks that take turns.
         budgets: tokens of a batch, at most, for each task.
+        batches: samples of a step, for tasks that have a batch size: in all processes together, each of which takes
+            its share every time it is asked.
         seed: of the run.
         every_step: tasks of every step.
         workers: processes that read and decode; 0 does it here, when a batch is asked for.
         rank, world: which process of the run this is, of how many.
         look_ahead: samples to choose from when a batch is packed, by task.
         ahead: chunks of each source that workers read ahead; a batch waits for what it takes beyond them.
-        oversized: what becomes of a sample larger than its budget; skipped ones count as broken.
+        oversized: what becomes of a sample larger than its budget; skipped ones are named and counted, but not broken.
         quarantine: counts broken samples and stops the run where there are too many.
         timeout: seconds after which a worker that gives nothing is replaced.
 
     Raises:
-        InputError: a task without budget or source, or anything else that makes no sense.
+        InputError: a task without budget or source, a batch size below the number of processes, or anything else that
+            makes no sense.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Loader:
         *,
         ratios: Mapping[Task, int | Fraction],
         budgets: Mapping[Task, int],
+        batches: Mapping[Task, int] | None = None,
         seed: int,
         every_step: Sequence[Task] = EVERY_STEP,
         workers: int = 0,
@@ -104,10 +112,13 @@ class Loader:
         self.quarantine = quarantine or Quarantine()
         self._rank, self._world, self._seed = rank, world, seed
         self._jobs = {f.source.name: Job(f.shards.shards, f.reading, f.decode, seed) for f in feeds}
-        self._packers = {
-            task: Packer[Held](
+        counts = {task: _own_share(task, count, rank, world) for task, count in (batches or {}).items()}
+        self._packers: dict[Task, Packer[Held] | Portions[Held]] = {
+            task: Portions(counts[task], budgets[task], _tokens_of, oversized=oversized, on_skip=self._too_large)
+            if task in counts
+            else Packer(
                 budgets[task],
-                lambda held: held.item.tokens,
+                _tokens_of,
                 buffer=look_ahead.get(task, LOOK_AHEAD[task]),
                 oversized=oversized,
                 on_skip=self._too_large,
@@ -117,7 +128,7 @@ class Loader:
         self._fetcher = make_fetcher(self._jobs, workers, timeout)
         self._taps = {f.source.name: Tap(self._stream(f), self._fetcher, self.quarantine, ahead) for f in feeds}
         self._finished: set[str] = set()
-        self._batches = {task: packer.batches(self._samples(task)) for task, packer in self._packers.items()}
+        self._steps = {task: self._steps_of(task) for task in self._packers}
         self._waited, self._started = 0.0, time.perf_counter()
         self._begun = False
 
@@ -125,15 +136,15 @@ class Loader:
         return self
 
     def __next__(self) -> list[Batch]:
-        """The batches of the next step, one for each of its tasks. Without end, unless all readings have epochs."""
+        """The batches of the next step, task by task. Without end, unless all readings have epochs."""
         self._begun = True
         asked = time.perf_counter()
         batches = []
         for task in self.mixture.step():
-            held = next(self._batches[task], None)
-            if held is None:
+            portion = next(self._steps[task], None)
+            if portion is None:
                 raise StopIteration
-            batches.append(Batch(task, [sample.item for sample in held]))
+            batches += [Batch(task, [sample.item for sample in held]) for held in portion]
         self._waited += time.perf_counter() - asked
         return batches
 
@@ -176,6 +187,7 @@ class Loader:
             "waiting": {
                 str(task): [[place, held.source, *held.position] for place, held in packer.waiting.items()]
                 for task, packer in self._packers.items()
+                if isinstance(packer, Packer)
             },
             "quarantine": self.quarantine.state_dict(),
         }
@@ -205,18 +217,21 @@ class Loader:
             tap.stream.load_state_dict(state["streams"][name])
         for task, packer in self._packers.items():
             packer.load_state_dict(state["packers"][str(task)])
-            places = [int(place) for place, *_ in state["waiting"][str(task)]]
-            again = read_again([_position(entry) for entry in state["waiting"][str(task)]], self._jobs)
-            for lost in again:
-                if isinstance(lost, Fault):
-                    self.quarantine.add(lost)
-            packer.restore({p: held for p, held in zip(places, again, strict=True) if isinstance(held, Held)})
+            if isinstance(packer, Packer):
+                self._read_waiting(packer, state["waiting"][str(task)])
+
+    def _read_waiting(self, packer: Packer[Held], waiting: Sequence[Sequence[Any]]) -> None:
+        """Read the samples again that waited in a packer."""
+        again = read_again([_position(entry) for entry in waiting], self._jobs)
+        for lost in again:
+            if isinstance(lost, Fault):
+                self.quarantine.add(lost)
+        places = [int(place) for place, *_ in waiting]
+        packer.restore({p: held for p, held in zip(places, again, strict=True) if isinstance(held, Held)})
 
     def _deal_anew(self, states: Sequence[Mapping[str, Any]]) -> None:
         if self._rank == 0:
-            counts = [state["quarantine"] for state in states]
-            causes = sum((Counter(count["causes"]) for count in counts), Counter[str]())
-            self.quarantine.load_state_dict({"good": sum(count["good"] for count in counts), "causes": causes})
+            self.quarantine.load_state_dict(*(state["quarantine"] for state in states))
         self.mixture.load_state_dict(states[0]["mixture"], steps_only=True)
         waiting = [[_position(entry) for part in s["waiting"].values() for entry in part] for s in states]
         for name, tap in self._taps.items():
@@ -259,6 +274,11 @@ class Loader:
         name = feed.source.name
         return Stream(name, counts, feed.reading, seed=self._seed, rank=self._rank, world=self._world)
 
+    def _steps_of(self, task: Task) -> Iterator[list[list[Held]]]:
+        """What each step takes of a task: the samples of one batch or more."""
+        packer, source = self._packers[task], self._samples(task)
+        return packer.steps(source) if isinstance(packer, Portions) else ([held] for held in packer.batches(source))
+
     def _samples(self, task: Task) -> Iterator[Held]:
         """The samples of a task, its sources in exact ratio as long as all last."""
         names = {name for name, source in self.mixture.sources.items() if source.task == task}
@@ -279,7 +299,23 @@ class Loader:
 
     def _too_large(self, held: Held, reason: str) -> None:
         shard = self._jobs[held.source].shards[held.position.shard]
-        self.quarantine.add(Fault("too large", shard.url, -1, f"{held.item.id}: {reason}", key=held.item.id))
+        fault = Fault(TOO_LARGE, shard.url, -1, f"{held.item.id}: {reason}", key=held.item.id)
+        self.quarantine.leave_out(held.source, fault)
+
+
+def _tokens_of(held: Held) -> int:
+    return held.item.tokens
+
+
+def _own_share(task: Task, count: int, rank: int, world: int) -> int:
+    """What this process takes of a batch size.
+
+    Raises:
+        InputError: too few samples for every process to have one.
+    """
+    if count < max(1, world):
+        raise InputError(f"batches of {task} have {count} samples for {world} processes; each needs at least one")
+    return share(count, rank, world)
 
 
 def _position(entry: Sequence[Any]) -> tuple[str, Position]:

@@ -9,7 +9,8 @@ function of the sizes alone.
 A packer's state holds no sample: only where each waiting one stood in the source. To resume, the source is read again
 from `replay_from` on, at most a few batches back, and what has already gone out is passed by.
 
-Give each task its own packer; a batch then holds samples of one task.
+Give each task its own packer; a batch then holds samples of one task. `data.portions` packs a fixed number of samples
+instead, in as many batches as they need.
 """
 
 from __future__ import annotations
@@ -71,6 +72,57 @@ class Report:
     draining: Waste = field(default_factory=Waste)
     skipped: int = 0
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report that `asdict` made the values of."""
+        return cls(Waste(**values["running"]), Waste(**values["draining"]), int(values["skipped"]))
+
+
+class Measure(Generic[Sample]):
+    """How many tokens samples have, and which of them are left out because no batch holds them.
+
+    Args:
+        budget, size, oversized, on_skip: as for `Packer`.
+
+    Raises:
+        InputError: a budget below 1, or an unknown `oversized`.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        size: Callable[[Sample], int],
+        oversized: Oversized,
+        on_skip: Callable[[Sample, str], None] | None,
+    ) -> None:
+        if budget < 1:
+            raise InputError(f"a budget must be at least 1 token, got {budget}")
+        if oversized not in ("skip", "alone", "refuse"):
+            raise InputError(f"oversized must be 'skip', 'alone' or 'refuse', got '{oversized}'")
+        self.budget, self.oversized = budget, oversized
+        self.size, self._on_skip = size, on_skip
+
+    def __call__(self, sample: Sample, place: int) -> int:
+        """Tokens of a sample; 0 where it is to be left out.
+
+        Args:
+            place: in the source, for messages.
+
+        Raises:
+            InputError: a sample without tokens, or one over the budget that is to be refused.
+        """
+        tokens = self.size(sample)
+        if tokens < 1:
+            raise InputError(f"sample {place} of the source has {tokens} tokens; leave empty samples out")
+        if tokens <= self.budget or self.oversized == "alone":
+            return tokens
+        reason = f"larger than the budget: {tokens} tokens, at most {self.budget} fit a batch"
+        if self.oversized == "refuse":
+            raise InputError(f"sample {place} of the source is {reason}; lower its resolution or raise the budget")
+        if self._on_skip is not None:
+            self._on_skip(sample, reason)
+        return 0
+
 
 class Packer(Generic[Sample]):
     """Packs a stream of samples into batches of at most `budget` tokens, each sample whole and in exactly one batch.
@@ -98,11 +150,9 @@ class Packer(Generic[Sample]):
     ) -> None:
         if budget < 1 or buffer < 1:
             raise InputError(f"budget and buffer must be at least 1, got {budget} tokens and {buffer} samples")
-        if oversized not in ("skip", "alone", "refuse"):
-            raise InputError(f"oversized must be 'skip', 'alone' or 'refuse', got '{oversized}'")
         self.budget, self.buffer, self.oversized = budget, buffer, oversized
         self.report = Report()
-        self._size, self._on_skip = size, on_skip
+        self._measure = Measure(budget, size, oversized, on_skip)
         self._taken = 0
         # Tokens of the waiting samples by their place in the source, oldest first; the samples themselves apart, since
         # they are no part of the state.
@@ -135,7 +185,7 @@ class Packer(Generic[Sample]):
         """
         self._waiting = {place: tokens for place, tokens in self._waiting.items() if place in samples}
         for place, tokens in self._waiting.items():
-            self._check_size(place, self._size(samples[place]), tokens)
+            self._check_size(place, self._measure.size(samples[place]), tokens)
         self._samples = {place: samples[place] for place in self._waiting}
 
     def batches(self, source: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -177,30 +227,19 @@ class Packer(Generic[Sample]):
 
     def _take(self, sample: Sample) -> int:
         """Let a sample wait, or leave it out; tokens that wait for it."""
-        place, tokens = self._taken, self._size(sample)
-        if tokens < 1:
-            raise InputError(f"sample {place} of the source has {tokens} tokens; leave empty samples out")
-        if tokens > self.budget and self.oversized != "alone":
-            reason = f"larger than the budget: {tokens} tokens, at most {self.budget} fit a batch"
-            if self.oversized == "refuse":
-                raise InputError(f"sample {place} of the source is {reason}; lower its resolution or raise the budget")
-            self.report.skipped += 1
-            if self._on_skip is not None:
-                self._on_skip(sample, reason)
-            tokens = 0
-        else:
+        place, tokens = self._taken, self._measure(sample, self._taken)
+        if tokens:
             self._waiting[place] = tokens
             self._samples[place] = sample
+        else:
+            self.report.skipped += 1
         self._taken += 1
         return tokens
 
     def _choose(self) -> list[int]:
         """Places of the next batch: the oldest waiting sample and what fills up best with it."""
-        (oldest, tokens), *others = self._waiting.items()
-        room = max(0, self.budget - tokens)  # none beside a sample that is over the budget and travels alone
-        fitting = [(place, size) for place, size in others if size <= room]
-        chosen = best_subset([size for _, size in fitting], room)
-        return [oldest, *(fitting[index][0] for index in chosen)]
+        places = list(self._waiting)
+        return [places[number] for number in fullest(list(self._waiting.values()), self.budget)]
 
     def _replay(self, stream: Iterator[Sample]) -> None:
         """Read again from the oldest waiting sample up to where the source had been read, keeping what waits."""
@@ -215,7 +254,7 @@ class Packer(Generic[Sample]):
                 ) from None
             if place not in self._waiting:
                 continue
-            self._check_size(place, self._size(sample), self._waiting[place])
+            self._check_size(place, self._measure.size(sample), self._waiting[place])
             self._samples[place] = sample
 
     def _check_size(self, place: int, tokens: int, before: int) -> None:
@@ -248,11 +287,21 @@ class Packer(Generic[Sample]):
         self._taken = int(state["taken"])
         self._waiting = {int(place): int(tokens) for place, tokens in state["waiting"]}
         self._samples = {}
-        report = state["report"]
-        self.report = Report(Waste(**report["running"]), Waste(**report["draining"]), int(report["skipped"]))
+        self.report = Report.from_dict(state["report"])
 
     def _settings(self) -> dict[str, int | str]:
         return {"budget": self.budget, "buffer": self.buffer, "oversized": self.oversized}
+
+
+def fullest(sizes: Sequence[int], budget: int) -> list[int]:
+    """Indices, ascending, of a batch: the first size, and of the others what fills up best with it.
+
+    Args:
+        sizes: at least one, each at least 1. The first may be over the budget: it travels alone then.
+    """
+    room = max(0, budget - sizes[0])
+    fitting = [number for number in range(1, len(sizes)) if sizes[number] <= room]
+    return [0, *(fitting[number] for number in best_subset([sizes[number] for number in fitting], room))]
 
 
 def best_subset(sizes: Sequence[int], room: int) -> list[int]:

@@ -47,7 +47,7 @@ class Tap:
             outcome = self._fetcher.next(self.stream.name)
             position = self.stream.take()
             if isinstance(outcome, Item):
-                self._quarantine.count_good()
+                self._quarantine.count_good(self.stream.name)
                 return Held(outcome, self.stream.name, position)
             self._quarantine.add(outcome)
         return None

@@ -251,11 +251,32 @@ def test_damaged_and_vanished_shards_are_counted_and_passed(tmp_path: Path) -> N
     assert sorted(causes) == ["truncated shard", "unreachable shard"]
 
 
-def test_samples_larger_than_the_budget_count_as_broken(sets: dict[str, ShardSet]) -> None:
-    chosen = [feed(sets["a"], TinyDecoder("a", IMAGE), epochs=1)]
-    loader = Loader(chosen, ratios={IMAGE: 1}, budgets={IMAGE: 9}, seed=0, every_step=(), quarantine=Quarantine(1.0))
-    assert sum(len(batch.items) for step in loader for batch in step) == 45
-    assert loader.quarantine.causes == {"too large": 5}
+@pytest.mark.parametrize("batches", [{}, {IMAGE: 5}])
+def test_samples_larger_than_the_budget_are_named_and_not_broken(
+    sets: dict[str, ShardSet], tmp_path: Path, batches: dict[Task, int]
+) -> None:
+    one = {"ratios": {IMAGE: 1}, "budgets": {IMAGE: 9}, "batches": batches, "every_step": ()}
+    quarantine = Quarantine(0.0, tmp_path / "quarantine.jsonl")
+    loader = load(sets, [feed(sets["a"], TinyDecoder("a", IMAGE), epochs=6)], quarantine=quarantine, **one)
+    assert sum(len(batch.items) for step in loader for batch in step) == 6 * 45
+    assert (quarantine.bad, quarantine.causes, quarantine.too_large) == (0, {}, {"a": (300, 30)})
+    assert loader.reports[IMAGE].skipped == 30
+    named = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["cause"] for line in named] == ["too large"] * 30  # their names say the epoch
+    assert "10 tokens, at most 9 fit a batch" in named[0]["detail"]
+
+
+@pytest.mark.parametrize("batches", [{}, {IMAGE: 5}])
+def test_a_source_of_which_hardly_any_sample_fits_stops_the_run(
+    sets: dict[str, ShardSet], batches: dict[Task, int]
+) -> None:
+    chosen = [feed(sets["a"], TinyDecoder("a", IMAGE)), feed(sets["b"], TinyDecoder("b", IMAGE))]
+    one = {"ratios": {IMAGE: 1}, "budgets": {IMAGE: 1}, "batches": batches, "every_step": ()}
+    loader = load(sets, chosen, quarantine=Quarantine(0.0), **one)
+    # A tenth of the samples has one token, so that just as many are too large as may be; the next one is one too many.
+    message = r"^source a: \d+ of \d+ samples are too large; raise the budget of its task or .*: \d+ tokens, at most 1"
+    with pytest.raises(InputError, match=message):
+        steps(loader, 1000)
 
 
 @pytest.mark.parametrize(
