@@ -61,11 +61,15 @@ def settings(copies: int) -> RunConfig:
 
 
 class Run:
-    """Steps of one engine on the data of two copies."""
+    """Steps of one engine on the data of two copies.
 
-    def __init__(self, parallel: ParallelConfig | None) -> None:
+    Args:
+        changes: settings that are other than `settings` has them.
+    """
+
+    def __init__(self, parallel: ParallelConfig | None, **changes: Any) -> None:
         copies = dist.get_world_size() // parallel.model_ranks if parallel is not None else 1
-        self.config = settings(copies)
+        self.config = replace(settings(copies), **changes)
         model, objective = starting_model(self.config, StubTower(), lambda: []), make_objective(self.config, CPU)
         self.engine: Any
         if parallel is None:

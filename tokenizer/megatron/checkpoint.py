@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from tokenizer.config import config_to_dict, read_mapping
 from tokenizer.errors import InputError, require_package
+from tokenizer.megatron.mixed_adam import all_numbered, by_number, in_order
 from tokenizer.megatron.torch_adam import prepared, repaired
 from tokenizer.model.config import ATokenConfig
 
@@ -93,7 +94,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: Any, optimizer: Any =
     assert all(name.endswith("_extra_state") for name in missing), missing
     if optimizer is not None:
         with repaired(optimizer):
-            optimizer.load_state_dict(loaded["optimizer"])
+            optimizer.load_state_dict(in_order(loaded["optimizer"]))
     state: dict[str, Any] = kept["state"]
     return state
 
@@ -150,8 +151,9 @@ def _sharded(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
     weights = model.sharded_state_dict(prefix=_PREFIX)
     if optimizer is None:
         return {"model": weights}
-    moments = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=dict(_BY_WEIGHT))
-    return {"model": weights, "optimizer": moments}
+    with all_numbered(optimizer):
+        moments = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=dict(_BY_WEIGHT))
+    return {"model": weights, "optimizer": by_number(moments)}
 
 
 def _bare(model: Any) -> Any:

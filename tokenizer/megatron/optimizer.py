@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,35 +38,45 @@ from tokenizer.training.curriculum.optimization import decays, group_of, rate_fa
 class Piece:
     """What the optimizer of this process moves of one parameter.
 
-    name: of the parameter in a `TrainedModel`. main: float32, all of the process's share, or with the distributed
-    optimizer a part of it. counted: whether norms count its gradient here; copies on other processes are not.
+    own: the parameter's name in a `MegatronTrained`. name: in a `TrainedModel`.
+    main: float32, all of the process's share, or with the distributed optimizer a part of it, flat.
+    start: where that part begins in the flat share.
+    counted: whether norms count its gradient here; copies on other processes are not.
     """
 
+    own: str
     name: str
     main: Tensor
+    start: int
     counted: bool
+
+    def of(self, share: Tensor) -> Tensor:
+        """What this piece is of something that has the shape of the process's share."""
+        return share.reshape(-1)[self.start : self.start + self.main.numel()].view(self.main.shape)
 
 
 def make_optimizer(wrapped: Any, settings: OptimizerSettings, parallel: ParallelConfig) -> Any:
     """Megatron's optimizer over a `MegatronTrained` in DistributedDataParallel, as published (PAPER 4).
 
-    Its groups have `lr_mult` and `wd_mult`, which `set_rates` reads.
+    Its groups have `lr_mult` and `wd_mult`, which `set_rates` reads, and parameters of one dtype: Megatron loses the
+    order of a group that has several.
     """
     factors = rate_factors(settings)
 
-    def kind(parameter: Tensor, name: str) -> tuple[float, float]:
+    def kind(parameter: Tensor, name: str) -> tuple[float, float, bool]:
         native = trained_name(name)
-        return factors[group_of(native)], float(decays(native, parameter))
+        stays_float32 = parallel.bf16 and parameter.dtype == torch.float32
+        return factors[group_of(native)], float(decays(native, parameter)), stays_float32
 
-    kinds = sorted({(factor, decayed) for factor in factors.values() for decayed in (0.0, 1.0)})
     overrides = {
         ParamKey(
             with_name_predicate=ParamWithNamePredicate(
-                name=f"rate {wanted[0]} decay {wanted[1]}",
+                name=f"rate {wanted[0]} decay {wanted[1]} float32 {wanted[2]}",
                 fn=lambda parameter, name, wanted=wanted: kind(parameter, name) == wanted,
             )
-        ): {"lr_mult": wanted[0], "wd_mult": wanted[1]}
-        for wanted in kinds
+            # Of what tells the groups of a checkpoint apart, this alone is free for the dtype: we read it nowhere.
+        ): {"lr_mult": wanted[0], "wd_mult": wanted[1], "is_decoupled_lr": wanted[2]}
+        for wanted in product(sorted(set(factors.values())), (0.0, 1.0), (False, True))
     }
     options = OptimizerConfig(
         optimizer="adam",
@@ -99,22 +110,26 @@ def pieces_of(optimizer: Any, named: Mapping[str, nn.Parameter]) -> list[Piece]:
     """What the optimizer moves on this process.
 
     Args:
-        named: trained parameters by their names in a `TrainedModel`.
+        named: trained parameters by their names in a `MegatronTrained`.
     """
     sharded = [part for part in parts(optimizer) if hasattr(part, "model_param_group_index_map")]
     shares = {
-        parameter: part.optimizer.param_groups[group]["params"][order]
+        parameter: (
+            part.optimizer.param_groups[group]["params"][order],
+            int(part._get_model_param_range_map(parameter)["param"].start),
+        )
         for part in sharded
         for parameter, (group, order) in part.model_param_group_index_map.items()
     }
     first_copy = parallel_state.get_data_parallel_rank() == 0
     found = []
-    for name, parameter in named.items():
-        own = param_is_not_tensor_parallel_duplicate(parameter)
+    for own, parameter in named.items():
+        name, counted = trained_name(own), param_is_not_tensor_parallel_duplicate(parameter)
         if not sharded:
-            found.append(Piece(name, getattr(parameter, "main_param", parameter), own and first_copy))
+            main = getattr(parameter, "main_param", parameter)
+            found.append(Piece(own, name, main, 0, counted and first_copy))
         elif parameter in shares:
-            found.append(Piece(name, shares[parameter], own))
+            found.append(Piece(own, name, *shares[parameter], counted))
     return found
 
 

@@ -11,12 +11,9 @@ Imports Megatron: call `tokenizer.megatron.engine.load_megatron` first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-
 import torch
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizer.gaussians.decoder import GaussianDecoder
 from tokenizer.megatron.model import MegatronAToken
@@ -25,7 +22,6 @@ from tokenizer.model.config import ATokenConfig
 from tokenizer.sparse import SparseTokens
 from tokenizer.text.alignment import TextAlignment
 from tokenizer.training.curriculum.model import Imitation, Outputs, understood
-from tokenizer.training.curriculum.optimization import averaging_weight
 from tokenizer.training.curriculum.tasks import ASSET_RECONSTRUCTION, is_understanding
 from tokenizer.voxels import voxel_features
 
@@ -91,43 +87,3 @@ def trained_name(name: str) -> str:
     """The name in a `TrainedModel` of a parameter of a `MegatronTrained`, in DistributedDataParallel or not."""
     name = name.removeprefix("module.")
     return NETWORK + from_megatron(name.removeprefix(NETWORK)).native if name.startswith(NETWORK) else name
-
-
-class ShareAverage:
-    """Exponential moving average of the parameters on this process, as `tokenizer.training.curriculum` defines it.
-
-    Float32 whatever the parameters are: a ten-thousandth of a change is lost in bfloat16. Each data-parallel rank keeps
-    its own copy, 4 bytes a parameter.
-
-    Args:
-        parameters: by name. decay: how much of the average stays in each step.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.values = {
-            name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-            for name, parameter in parameters.items()
-        }
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the parameters after step number `step`, from 0."""
-        values = list(self.values.values())
-        now = [self.parameters[name].detach().to(value.dtype) for name, value in self.values.items()]
-        torch._foreach_lerp_(values, now, averaging_weight(self.decay, step))
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Inside, the parameters are the averages; afterwards they are as before, bit for bit."""
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._fill(self.values)
-        try:
-            yield
-        finally:
-            self._fill(kept)
-
-    @torch.no_grad()
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])

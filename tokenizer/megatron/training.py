@@ -34,6 +34,7 @@ from torch import Tensor
 from tokenizer.config import read_mapping
 from tokenizer.errors import InputError
 from tokenizer.gaussians.decoder import GaussianDecoder
+from tokenizer.megatron.average import ShareAverage
 from tokenizer.megatron.build import build_model, data_parallel
 from tokenizer.megatron.checkpoint import STATE_FILE, load_checkpoint, save_checkpoint
 from tokenizer.megatron.config import ParallelConfig
@@ -47,7 +48,7 @@ from tokenizer.megatron.optimizer import (
     set_counts,
     set_rates,
 )
-from tokenizer.megatron.trained import NETWORK, MegatronTrained, ShareAverage, trained_name
+from tokenizer.megatron.trained import NETWORK, MegatronTrained, trained_name
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.sparse import SparseTokens
 from tokenizer.text.alignment import TextAlignment
@@ -108,8 +109,11 @@ class MegatronEngine:
             parameter.register_hook(partial(self._note, trained_name(name)))
         self.wrapped = data_parallel(self.model, parallel)
         self.optimizer = make_optimizer(self.wrapped, config.optimizer, parallel)
-        self.pieces = pieces_of(self.optimizer, {trained_name(name): p for name, p in trained.items()})
-        self.average = ShareAverage(trained, config.optimizer.ema)
+        self.pieces = pieces_of(self.optimizer, trained)
+        self._begin_from(model.state_dict())
+        group = parallel_state.get_data_parallel_group() if parallel.use_distributed_optimizer else None
+        decay, warmup = config.optimizer.ema, config.optimizer.ema_warmup
+        self.average = ShareAverage(trained, self.pieces, decay, warmup, group)
         self.counts = {trained_name(name): 0 for name in trained}
 
     @property
@@ -230,20 +234,12 @@ class MegatronEngine:
         average = self._whole_average()
         return {"model": {}, "average": average, "buffers": {}, "optimizer": {}} if self.processes.first else {}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        whole = state["average"]
-        rank, ranks = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
-        native = {name.removeprefix(NETWORK): value for name, value in whole.items() if name.startswith(NETWORK)}
-        shares = to_megatron(self.model.network_config, native, rank, ranks, self.parallel.transformer_impl)
-        found = {**whole, **{NETWORK + name: share for name, share in shares.items()}}
-        for name, value in self.average.values.items():
-            if name not in found or found[name].shape != value.shape:
+        found = self._shares(state["average"])
+        for name, parameter in self.average.parameters.items():
+            if name not in found or found[name].shape != parameter.shape:
                 raise InputError(f"the checkpoint is of another model: {trained_name(name)} is missing or differs")
-            value.copy_(found[name])
+        self.average.load(found)
 
     def save_shards(self, folder: Path) -> None:
         counts: dict[str, int] = {}
@@ -280,13 +276,30 @@ class MegatronEngine:
 
     def _whole_average(self) -> dict[str, Tensor]:
         """The averaged model by the names of a `TrainedModel`, on the CPU; what is not trained is its own average."""
-        values = self.average.values
+        values = self.average.whole()
         own = own_tensors(self.model.network)
         network = native_state(self.model.network, {name: values.get(NETWORK + name, t) for name, t in own.items()})
         beside = {name: t for name, t in self.model.state_dict().items() if not name.startswith(NETWORK)}
         beside = {name: values.get(name, tensor) for name, tensor in beside.items()}
         whole = {NETWORK + name: tensor for name, tensor in network.items()}
         return {**_on_cpu(whole), **dict(self._of_last_stage(_on_cpu(beside)))}
+
+    def _shares(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a tensor rank has of all weights of a `TrainedModel`, by the names of a `MegatronTrained`."""
+        rank, ranks = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        native = {name.removeprefix(NETWORK): value for name, value in whole.items() if name.startswith(NETWORK)}
+        shares = to_megatron(self.model.network_config, native, rank, ranks, self.parallel.transformer_impl)
+        return {**whole, **{NETWORK + name: share for name, share in shares.items()}}
+
+    @torch.no_grad()
+    def _begin_from(self, whole: Mapping[str, Tensor]) -> None:
+        """Give the optimizer the weights that the run starts with as they are: Megatron's has them from bfloat16."""
+        shares = self._shares(whole)
+        for piece in self.pieces:
+            piece.main.copy_(piece.of(shares[piece.own]))
 
     def _of_all_stages(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.stages
