@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from tests.tokenizer.megatron_differences import largest, of_tensors
 from tests.tokenizer.networks import visuals
 from tokenizer.errors import InputError
 from tokenizer.megatron.build import build_model, data_parallel, initialise_parallel
@@ -93,16 +94,6 @@ def native_gradients(*numbers: int) -> tuple[list[float], dict[str, Tensor]]:
     return [loss.item() for loss in losses], gradients
 
 
-def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Largest difference of any tensor, relative to the largest value of that tensor; infinite for other names."""
-    if found.keys() != expected.keys():
-        return float("inf")
-    return max(
-        float((found[name] - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-6))
-        for name in expected
-    )
-
-
 def made(parallel: ParallelConfig, config: ATokenConfig = CONFIG, dtype: torch.dtype = torch.float64) -> Any:
     initialise_parallel(config, parallel)
     return build_model(config, parallel, native_network(config).state_dict(), dtype=dtype)
@@ -130,8 +121,8 @@ def check_tensor_parallel(report: Report, folder: Path) -> None:
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     report("tp loss", abs(loss.item() - reference[0]) / abs(reference[0]))
-    report("tp gradients", difference(native_state(model, gradients), expected))
-    report("tp weights", difference(native_state(model), native_network(CONFIG).state_dict()))
+    report("tp gradients", of_tensors(native_state(model, gradients), expected))
+    report("tp weights", of_tensors(native_state(model), native_network(CONFIG).state_dict()))
     report("tp gradient norm", abs(gradient_norm(model) / norm_of(expected) - 1))
     save_checkpoint(folder / "checkpoint", model, state={"step": 7})
     for multiple in (2, 16):  # FP8 would ask for 16; zeros behind the batch change nothing
@@ -149,13 +140,13 @@ def check_sequence_parallel(report: Report, _: Path) -> None:
     loss.backward()
     finalize_model_grads([model])
     report("sp loss", abs(loss.item() - reference[0]) / abs(reference[0]))
-    report("sp gradients", difference(main_gradients(model), expected))
+    report("sp gradients", of_tensors(main_gradients(model), expected))
 
     parallel = replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     recomputed = data_parallel(made(parallel), parallel)
     forward_loss(recomputed, 0).backward()
     finalize_model_grads([recomputed])
-    report("recomputed gradients", difference(main_gradients(recomputed), expected))
+    report("recomputed gradients", of_tensors(main_gradients(recomputed), expected))
 
 
 def check_pipeline(report: Report, folder: Path) -> None:
@@ -189,11 +180,11 @@ def check_pipeline(report: Report, folder: Path) -> None:
     finalize_model_grads([model])
     if parallel_state.is_pipeline_last_stage():
         found = [microbatch["loss"].item() for microbatch in losses]
-        report("pp losses", max(abs(a / b - 1) for a, b in zip(found, reference, strict=True)))
-    report("pp gradients", difference(main_gradients(model), expected))
-    report("pp weights", difference(native_state(model.module), native_network(CONFIG).state_dict()))
+        report("pp losses", largest(abs(a / b - 1) for a, b in zip(found, reference, strict=True)))
+    report("pp gradients", of_tensors(main_gradients(model), expected))
+    report("pp weights", of_tensors(native_state(model.module), native_network(CONFIG).state_dict()))
     load_checkpoint(folder / "checkpoint", model)
-    report("tp checkpoint at pp", difference(native_state(model.module), native_network(CONFIG).state_dict()))
+    report("tp checkpoint at pp", of_tensors(native_state(model.module), native_network(CONFIG).state_dict()))
 
 
 def check_data_parallel(report: Report, folder: Path) -> None:
@@ -206,14 +197,14 @@ def check_data_parallel(report: Report, folder: Path) -> None:
     loss.backward()
     finalize_model_grads([model])
     report("dp loss", abs(loss.item() / reference[dist.get_rank()] - 1))
-    report("dp gradients", difference(main_gradients(model), expected))
+    report("dp gradients", of_tensors(main_gradients(model), expected))
 
     blank = made(parallel)
     for parameter in blank.parameters():
         parameter.data.zero_()
     state = load_checkpoint(folder / "checkpoint", blank)
     report("state", abs(state["step"] - 7))
-    report("tp checkpoint at dp", difference(native_state(blank), native_network(CONFIG).state_dict()))
+    report("tp checkpoint at dp", of_tensors(native_state(blank), native_network(CONFIG).state_dict()))
     report("loss after checkpoint", abs(forward_loss(blank, 0).item() / reference[0] - 1))
 
 
@@ -226,13 +217,13 @@ def check_optimizers(report: Report, folder: Path) -> None:
         steps(run, 2)
         save_checkpoint(folder / kind, *run)
         weights = steps(run, 1)
-        report(f"{kind} weights", difference(weights, torch_weights))
+        report(f"{kind} weights", of_tensors(weights, torch_weights))
         for layout, ranks in (("same layout", 1), ("tp", 2)):
             resumed = training_run(replace(parallel, tensor_model_parallel_size=ranks))
             for parameter in resumed[0].parameters():
                 parameter.data.zero_()
             load_checkpoint(folder / kind, *resumed)
-            report(f"{kind} resumed at {layout}", difference(steps(resumed, 1), weights))
+            report(f"{kind} resumed at {layout}", of_tensors(steps(resumed, 1), weights))
 
 
 def training_run(parallel: ParallelConfig) -> tuple[Any, Any]:
@@ -316,11 +307,11 @@ def check_engine_spec(report: Report, folder: Path) -> None:
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         report("engine loss", abs(loss.item() / reference[0] - 1))
-        report("engine gradients", difference(native_state(model, gradients), expected))
+        report("engine gradients", of_tensors(native_state(model, gradients), expected))
         for parameter in model.parameters():
             parameter.data.zero_()
         load_checkpoint(folder / "checkpoint", model)
-        report("local checkpoint in engine", difference(native_state(model), native_network(CONFIG).state_dict()))
+        report("local checkpoint in engine", of_tensors(native_state(model), native_network(CONFIG).state_dict()))
 
 
 CHECKS = (
@@ -391,7 +382,7 @@ def _process(rank: int, folder: str) -> None:
     load_megatron()
 
     def report(name: str, value: float) -> None:
-        found[name] = max(value, found.get(name, 0.0))
+        found[name] = largest((value, found.get(name, 0.0)))
 
     with on_cpu():
         for check in CHECKS:
@@ -400,6 +391,6 @@ def _process(rank: int, folder: str) -> None:
     dist.all_gather_object(both, found)
     if rank == 0:
         names = both[0].keys() | both[1].keys()
-        torch.save({n: max(b.get(n, 0.0) for b in both) for n in names}, f"{folder}/results.pt")
+        torch.save({n: largest(b.get(n, 0.0) for b in both) for n in names}, f"{folder}/results.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tokenizer.curriculum_data import CONFIGS, ROOT, lines, make_sets
+from tests.tokenizer.megatron_differences import largest, of_tensors
 from tests.tokenizer.megatron_training_processes import LAYOUTS, WORLDS
 from tokenizer.api import AToken
 from tokenizer.config import config_to_dict
@@ -46,7 +48,17 @@ def difference(one: dict[str, float], other: dict[str, float]) -> float:
     """Largest relative difference of any number; infinite for other names."""
     if one.keys() != other.keys():
         return math.inf
-    return max(abs(one[name] - other[name]) / max(abs(other[name]), 1e-6) for name in other)
+    return largest(abs(one[name] - other[name]) / max(abs(other[name]), 1e-6) for name in other)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_infinitely_different_wherever_it_stands(value: float) -> None:
+    fine, wrong = {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": value}
+    for one, other in ((fine, wrong), (wrong, fine)):
+        assert difference(one, other) == math.inf
+        tensors = ({name: torch.tensor([1.0, x]) for name, x in numbers.items()} for numbers in (one, other))
+        assert of_tensors(*tensors) == math.inf
+    assert largest([0.0, value]) == math.inf
 
 
 @needs_megatron
