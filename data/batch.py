@@ -98,6 +98,18 @@ class Batch:
             start += len(values)
         return tokens.with_features(features)
 
+    def split(self) -> tuple[Batch, Batch]:
+        """Two batches of these items in their order, cut where their tokens are most alike in number.
+
+        Raises:
+            InputError: fewer than two items, none of which can be split.
+        """
+        if len(self.items) < 2:
+            raise InputError(f"a batch of {len(self.items)} items cannot be split")
+        before = list(itertools.accumulate(item.tokens for item in self.items))
+        cut = min(range(1, len(self.items)), key=lambda place: abs(2 * before[place - 1] - before[-1]))
+        return replace(self, items=self.items[:cut]), replace(self, items=self.items[cut:])
+
     def sizes(self) -> list[VisualSize] | list[AssetSize]:
         """What the items measure, as decoding and `.atok` files need it."""
         if any(item.pixels is None for item in self.items):

@@ -77,6 +77,10 @@ class StepBatch(Protocol):
         """The items, in order, as `ATokenNetwork.encode` takes them."""
         ...
 
+    def split(self) -> tuple[StepBatch, StepBatch]:
+        """Two batches of the items in their order, of about as many tokens; called with two items or more."""
+        ...
+
 
 class Waste(Protocol):
     """Tokens of a task's batches so far, and tokens of their budgets that stayed free."""
@@ -94,9 +98,17 @@ class Packing(Protocol):
     @property
     def running(self) -> Waste: ...
 
+    @property
+    def skipped(self) -> int:
+        """Samples that were left out because no batch can hold them."""
+        ...
+
 
 class StepSource(Protocol):
-    """Batches for one process of a run: each `next` gives those of one step, the same tasks in every process."""
+    """Batches for one process of a run: each `next` gives those of one step, the same tasks in every process.
+
+    A task may come in several batches, whose number may differ between processes.
+    """
 
     @property
     def reports(self) -> Mapping[Any, Packing]:

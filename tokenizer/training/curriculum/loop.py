@@ -138,7 +138,7 @@ class Loop:
         if outcome.done:
             self.progress.bad_row = 0
         else:
-            self._bad_step(step, turns, prepared)
+            self._bad_step(step, prepared)
         self._log(losses, outcome)
         if self.progress.step % self.config.log.pictures_every == 0:
             self._pictures(prepared)
@@ -154,19 +154,19 @@ class Loop:
             ) from None
 
     def _count(self, prepared: Sequence[Prepared]) -> None:
-        self.progress.tokens += int(sum({part.task: part.totals.tokens for part in prepared}.values()))
-        self._interval[0] += sum(part.tokens.num_tokens for part in prepared)
-        self._interval[1] += sum(self.work.of(part.tokens, part.task) for part in prepared)
+        counted = [part for part in prepared if part.share]
+        self.progress.tokens += int(sum({part.task: part.totals.tokens for part in counted}.values()))
+        self._interval[0] += sum(part.tokens.num_tokens for part in counted)
+        self._interval[1] += sum(self.work.of(part.tokens, part.task) for part in counted)
 
-    def _bad_step(self, step: int, turns: Sequence[Sequence[StepBatch]], prepared: Sequence[Prepared]) -> None:
+    def _bad_step(self, step: int, prepared: Sequence[Prepared]) -> None:
         """Count a step that was not finite, keep its batches, and stop after too many in a row."""
         progress = self.progress
         progress.bad, progress.bad_row = progress.bad + 1, progress.bad_row + 1
-        batches = [batch for turn in turns for batch in turn]
         path = self.folder / BAD_STEPS / f"step-{step:06d}-process-{self.processes.rank}.pt"
         if self.processes.leads:
             with atomic_path(path) as temporary:
-                write_pt([_inspectable(*pair) for pair in zip(batches, prepared, strict=True)], temporary)
+                write_pt([_inspectable(part) for part in prepared], temporary)
         self.records.say(f"step {step}: loss or gradient is not finite; skipped, its batches are in {path}")
         if progress.bad_row >= self.config.max_bad_steps:
             self._save()
@@ -182,16 +182,14 @@ class Loop:
         self.records.advance(progress.step, f"loss {losses['loss']:.4f}")
         if progress.step % self.config.log.every and progress.step != self.config.steps:
             return
-        packing = {str(task): report.running for task, report in self.source.reports.items()}
-        counts = self.processes.sum([count for w in packing.values() for count in (w.wasted, w.wasted + w.tokens)])
-        waste = {f"waste/{task}": counts[2 * n] / max(1.0, counts[2 * n + 1]) for n, task in enumerate(packing)}
+        packing = self._packing()
         self.records.metrics(
             progress.step,
             {
                 **losses,
                 **{f"norm/{part}": norm for part, norm in outcome.norms.items()},
                 **{f"rate/{group}": rate for group, rate in outcome.rates.items()},
-                **waste,
+                **packing,
                 "tokens": progress.tokens,
                 "bad steps": progress.bad,
             },
@@ -208,6 +206,18 @@ class Loop:
             },
         )
         self._interval, self._since = [0.0, 0.0], time.perf_counter()
+
+    def _packing(self) -> dict[str, float]:
+        """How much of the batches is left free by task, and how many samples were too large for any, if some were."""
+        found = {str(task): (report.running, report.skipped) for task, report in self.source.reports.items()}
+        own = [count for waste, skipped in found.values() for count in (waste.wasted, waste.tokens, skipped)]
+        every = self.processes.sum(own)
+        logged = {}
+        for task, wasted, tokens, skipped in zip(found, every[::3], every[1::3], every[2::3], strict=True):
+            logged[f"waste/{task}"] = wasted / max(1.0, wasted + tokens)
+            if skipped:
+                logged[f"too large/{task}"] = skipped
+        return logged
 
     def _validate(self) -> None:
         found = self.validation()
@@ -227,7 +237,8 @@ class Loop:
         count = self.config.log.pictures
         sheets: dict[str, list[Pair]] = self.validation.pictures(count)
         if not sheets:
-            for part in prepared:
+            # The first micro-batch of each task, the same in all processes: an engine may need them all.
+            for part in {part.task: part for part in reversed(prepared)}.values():
                 if not is_understanding(part.task):
                     outputs = self.engine.infer(part.tokens, part.task)
                     patch = self.preparer.patch_size
@@ -301,12 +312,12 @@ class Loop:
             )
 
 
-def _inspectable(batch: StepBatch, part: Prepared) -> dict[str, Any]:
-    """A batch as plain values and tensors."""
+def _inspectable(part: Prepared) -> dict[str, Any]:
+    """A micro-batch as plain values and tensors."""
     return {
         "task": part.task,
         "ids": list(part.ids),
-        "captions": [item.caption for item in batch.items],
+        "captions": list(part.captions),
         "features": part.tokens.features.cpu(),
         "positions": part.tokens.host_positions,
         "lengths": part.tokens.lengths,

@@ -1,17 +1,23 @@
 """From the batches of a step to what an engine needs: patches on the device, texts of everyone, and what to divide by.
 
-A step takes batches from the loader `accumulation` times in every process. Its loss does not depend on how its samples
-are spread: a term is the mean over all its units (patches, pictures, items) of the step, in whatever process and
-micro-batch they are, and images are compared with the texts of all. Texts are frozen, so they are encoded first, once,
-and gathered; counts are agreed on before the first forward pass. Noise is drawn from the seed, the step and the number
-of the turn among all processes' turns, so that two processes draw what one would that takes batches twice.
+A step takes batches from the loader `accumulation` times in every process: its turns. Each of them gives one batch of a
+task, or as many as a batch size needs. A step's loss does not depend on how its samples are spread: a term is the mean
+over all its units (patches, pictures, items) of the step, in whatever process and micro-batch they are, and images are
+compared with the texts of all. Texts are frozen, so they are encoded first, once, and gathered; counts are agreed on
+before the first forward pass. Noise is drawn from the seed, the step and the number of the turn among all processes'
+turns, so that two processes draw what one would that takes batches twice; further micro-batches of a task in a turn
+add their number.
+
+Engines exchange gradients or weights in each micro-batch (FSDP2, Megatron), so that all processes need as many of each
+task in each turn: who has fewer splits its largest ones.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +48,10 @@ class Totals:
     taught: float = 0.0
 
 
+NOTHING = Totals(*[math.inf] * 5)
+"""What sums of a micro-batch are divided by that counts for nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Texts:
     """What the items of a batch are compared with, [b] items and [B] texts of the step.
@@ -60,12 +70,14 @@ class Prepared:
     """One micro-batch, ready for the model and the objective.
 
     task: its task. tokens: patches [N, P] on the device. ids: of its items.
-    share: how much the task counts in this step: the share of the turns that were its. One for the task of every step.
+    share: how much the task counts in this step: the share of the turns that were its. One for the task of every step;
+        zero for a micro-batch that is there only because other processes have one more.
     totals: what sums are divided by.
     texts: of understanding. views: of each item, of 3D reconstruction.
     taught: where a teacher is imitated: which items it has seen, int64 [n], and what it saw, float32 [n, D]; None where
         it has seen none.
     seed: of its noise.
+    captions: of its items.
     """
 
     task: str
@@ -77,6 +89,17 @@ class Prepared:
     views: tuple[StepViews | None, ...]
     seed: int
     taught: tuple[Tensor, Tensor] | None = None
+    captions: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The micro-batches of one task in one turn. place: of the task among those of the turn."""
+
+    task: str
+    turn: int
+    place: int
+    batches: list[StepBatch]
 
 
 class Preparer:
@@ -90,7 +113,7 @@ class Preparer:
         teacher: an image tower trained with the text tower; without one an image's own text teaches
             (`tokenizer.losses.weights`).
         seed: of the run.
-        perceptual_images: pictures of a batch that the perceptual losses look at.
+        perceptual_images: pictures of a micro-batch that the perceptual losses look at.
         imitated: numbers that an imitated network gives of a sample; None where none is imitated.
     """
 
@@ -119,34 +142,57 @@ class Preparer:
         Raises:
             InputError: processes that were given different tasks, or a batch without what its task needs.
         """
-        batches = [batch for turn in turns for batch in turn]
-        places = [(place, number) for number, turn in enumerate(turns) for place in range(len(turn))]
-        tasks = list(dict.fromkeys(batch.task for batch in batches))
-        self._check_tasks([batch.task for batch in batches], step)
+        groups = [group for number, turn in enumerate(turns) for group in _groups(turn, number)]
+        self._check_tasks(groups, step)
+        wanted = self._most([len(group.batches) for group in groups])
+        groups = [
+            replace(group, batches=in_parts(group.batches, number))
+            for group, number in zip(groups, wanted, strict=True)
+        ]
+        prepared = self._prepared(groups, len(turns), step)
+        found = []
+        for group, number in zip(groups, wanted, strict=True):
+            own = [next(prepared) for _ in group.batches]
+            # Single items cannot be split: the last one goes through once more, and counts for nothing.
+            found += [*own, *[replace(own[-1], share=0.0, totals=NOTHING)] * (number - len(own))]
+        return found
+
+    def _prepared(self, groups: Sequence[_Group], turns: int, step: int) -> Iterator[Prepared]:
+        batches = [batch for group in groups for batch in group.batches]
+        tasks = list(dict.fromkeys(group.task for group in groups))
         totals = self._totals(batches, tasks)
         texts = self._texts(batches, tasks)
-        world, rank = self.processes.world, self.processes.rank
-        return [
-            Prepared(
-                task=str(batch.task),
-                tokens=(tokens := batch.tokens(self.device, torch.float32, self.patch_size)),
+        places = [(group, number) for group in groups for number in range(len(group.batches))]
+        for row, (batch, (group, number)) in enumerate(zip(batches, places, strict=True)):
+            tokens = batch.tokens(self.device, torch.float32, self.patch_size)
+            turn = group.turn * self.processes.world + self.processes.rank
+            yield Prepared(
+                task=group.task,
+                tokens=tokens,
                 ids=tuple(item.id for item in batch.items),
-                share=sum(other.task == batch.task for other in batches) / len(turns),
-                totals=totals[batch.task],
-                texts=self._with_teacher(batch, tokens, texts.get(number)),
+                share=sum(other.task == group.task for other in groups) / turns,
+                totals=totals[group.task],
+                texts=self._with_teacher(batch, tokens, texts.get(row)),
                 views=tuple(item.views for item in batch.items),
-                seed=stream_seed(self.seed, step, place, turn * world + rank),
+                seed=stream_seed(self.seed, step, group.place, turn, *([number] if number else [])),
                 taught=self._taught(batch),
+                captions=tuple(item.caption for item in batch.items),
             )
-            for number, (batch, (place, turn)) in enumerate(zip(batches, places, strict=True))
-        ]
 
-    def _check_tasks(self, tasks: list[str], step: int) -> None:
+    def _check_tasks(self, groups: Sequence[_Group], step: int) -> None:
         if not self.processes.many:
             return
-        code = float(zlib.crc32(" ".join(tasks).encode()))
+        code = float(zlib.crc32(" ".join(f"{group.turn} {group.task}" for group in groups).encode()))
         if self.processes.largest(code) != -self.processes.largest(-code):
             raise InputError(f"in step {step} processes were given different tasks; give them loaders of one run")
+
+    def _most(self, counts: Sequence[int]) -> list[int]:
+        """The largest of all processes' counts, number by number."""
+        # One sum, in which every process has numbers of its own: there is no need to ask for each maximum.
+        start, width = self.processes.rank * len(counts), self.processes.world * len(counts)
+        own = [float(counts[place - start]) if 0 <= place - start < len(counts) else 0.0 for place in range(width)]
+        every = self.processes.sum(own)
+        return [int(max(every[place :: len(counts)])) for place in range(len(counts))]
 
     def _totals(self, batches: Sequence[StepBatch], tasks: Sequence[str]) -> dict[str, Totals]:
         counts = {task: [0.0] * 5 for task in tasks}
@@ -209,6 +255,26 @@ class Preparer:
         return Texts(
             every, matches, own if self.teacher is None else image_vectors(self.teacher, tokens, self.patch_size)
         )
+
+
+def _groups(turn: Sequence[StepBatch], number: int) -> list[_Group]:
+    """The batches of a turn by task, in the order in which tasks first come."""
+    found: dict[str, list[StepBatch]] = {}
+    for batch in turn:
+        found.setdefault(str(batch.task), []).append(batch)
+    return [_Group(task, number, place, batches) for place, (task, batches) in enumerate(found.items())]
+
+
+def in_parts(batches: Sequence[StepBatch], number: int) -> list[StepBatch]:
+    """The same items in `number` batches, the largest split again and again; in fewer where each holds a single one."""
+    parts = list(batches)
+    while len(parts) < number:
+        several = [place for place, part in enumerate(parts) if len(part.items) > 1]
+        if not several:
+            break
+        largest = max(several, key=lambda place: parts[place].num_tokens)
+        parts[largest : largest + 1] = parts[largest].split()
+    return parts
 
 
 def captions(batch: StepBatch) -> list[str]:
