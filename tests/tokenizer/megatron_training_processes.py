@@ -93,8 +93,8 @@ class Run:
     def prepared(self) -> list[Prepared]:
         return self.preparer([next(loader) for loader in self.loaders], self.done)
 
-    def step(self) -> dict[str, float]:
-        losses: dict[str, float] = self.engine.forward_backward(self.prepared())
+    def step(self, prepared: list[Prepared] | None = None) -> dict[str, float]:
+        losses: dict[str, float] = self.engine.forward_backward(prepared or self.prepared())
         outcome = self.engine.clip_and_step(self.done, losses["loss"])
         assert outcome.done
         self.done += 1

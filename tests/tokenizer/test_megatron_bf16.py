@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 # bfloat16 has a relative error of 2^-9 = 2e-3 in every product. The plain engine rounds others than Megatron's does
 # (float32 parameters, norms and softmax), tensor ranks round their shares before they are summed.
-BFLOAT16 = 1e-2
+BFLOAT16 = 3e-2
 # The same numbers, summed in another order in float32.
 FLOAT32 = 1e-6
 AFTER = [name for name in LAYOUTS if name != "one"]

@@ -6,8 +6,8 @@
     finalize_model_grads                           sums over copies, tensor ranks and stages
     norms, clipping, AdamW, averages               on this process's shares (`tokenizer.megatron.optimizer`)
 
-With bf16 the network's parameters are bfloat16 and the optimizer keeps them in float32; the plain engine keeps float32
-parameters and computes in bfloat16.
+With bf16 the network's parameters are bfloat16 and the optimizer keeps them in float32, from the start of a run to the
+averages and the model that is saved; the plain engine keeps float32 parameters and computes in bfloat16.
 
 A checkpoint is Megatron's distributed one (parameters, moments, the state of FP8) and, in `weights.pt`, the averaged
 model whole: other runs start from it, and it is cut into shares again at any layout.
