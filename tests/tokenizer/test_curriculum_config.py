@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, SourceConfig
-from data.mixture import ASSET_STAGE, EVERY_STEP, IMAGE_STAGE, VIDEO_STAGE
+from data.decode.temporal import reconstruction_frames, understanding_frames
+from data.mixture import ASSET_STAGE, EVERY_STEP, IMAGE_STAGE, VIDEO_STAGE, Task
+from data.portions import share
+from data.resolution import ResolutionSampler, token_count
 from tests.tokenizer.curriculum_data import CONFIGS
 from tokenizer.config import load_config, parse_config
 from tokenizer.errors import InputError
@@ -50,7 +53,8 @@ def test_stages_follow_each_other_in_the_ratios_of_the_paper(chain: tuple[str, .
         if number > 1:
             before = network_config(runs[number - 2])
             assert run.start.source == runs[number - 2].out
-            assert sizes.latent_channels > before.latent_channels if number == 2 else sizes.latent_channels
+            grown = sizes.latent_channels > before.latent_channels
+            assert grown if number == 2 else sizes.latent_channels == before.latent_channels
             assert (sizes.encoder, sizes.decoder) == (before.encoder, before.decoder)
 
 
@@ -69,6 +73,62 @@ def test_the_paper_s_numbers() -> None:
     sides = [{source.task: source.decode.max_side for source in one.sources} for one in data]
     assert [side["image_reconstruction"] for side in sides] == [512, 1024, 2048, 2048]  # type: ignore[index]
     assert [side["video_reconstruction"] for side in sides[1:]] == [512, 1024, 1024]  # type: ignore[index]
+
+
+def test_batch_sizes_lie_in_the_paper_s_ranges_and_belong_to_all_processes() -> None:
+    ranges = {
+        Task.IMAGE_UNDERSTANDING: (8192, 8192),
+        Task.IMAGE_RECONSTRUCTION: (1024, 4096),
+        Task.VIDEO_RECONSTRUCTION: (512, 1024),
+        Task.ASSET_RECONSTRUCTION: (256, 512),
+        # Not in the paper; see `tokenizer.losses.weights`.
+        Task.VIDEO_UNDERSTANDING: (1024, 1024),
+        Task.ASSET_UNDERSTANDING: (512, 512),
+    }
+    for name in PAPER:
+        run = read(name)
+        data = parse_config(DataConfig, run.data, name)
+        assert data.batches.keys() == data.budgets.keys()
+        assert all(ranges[task][0] <= count <= ranges[task][1] for task, count in data.batches.items())
+        # Every one of 256 processes gets as many, and 24, which divide none of them, get some.
+        assert {share(count, 255, 256) * 256 - count for count in data.batches.values()} == {0}
+        assert all(share(count, 0, 24) for count in data.batches.values())
+        assert run.accumulation == 1
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_largest_sample_of_every_source_fits_its_budget(name: str) -> None:
+    run = read(name)
+    data = parse_config(DataConfig, run.data, name)
+    held_out = [parse_config(SourceConfig, source, name) for source in run.validation.sources]
+    budgets = [*(data.budgets[source.task] for source in data.sources), *[run.validation.budget] * len(held_out)]
+    for source, budget in zip([*data.sources, *held_out], budgets, strict=True):
+        assert largest(source, run) <= budget, f"{name}: {source.name}"
+
+
+def largest(source: SourceConfig, run: RunConfig) -> int:
+    """Tokens of the largest sample that a source can give; of assets, which have no bound, a cube's whole surface."""
+    decode = source.decode
+    if source.task.startswith("asset"):
+        assert run.gaussians is not None
+        side = run.gaussians.resolution
+        return decode.max_voxels or side**3 - (side - 2) ** 3
+    if source.task.startswith("image"):
+        frames = 1
+    elif source.task == Task.VIDEO_RECONSTRUCTION:
+        frames = max(len(reconstruction_frames(9999, (0.9, 0.5, u, 0.5), frames=decode.frames)) for u in (0.0, 0.999))
+    else:
+        moments = np.arange(0, 9999, 0.04)
+        frames = len(understanding_frames(moments, fps=decode.fps, max_frames=decode.max_frames))
+    views = []
+    for rule in ("whole", "released"):
+        sampler = ResolutionSampler(min_side=decode.min_side, max_side=decode.max_side, rule=rule)
+        views += [sampler.draw((9999, 9999), seed=0, epoch=0, sample=str(number)).size for number in range(500)]
+    tokens = max(token_count(size, frames) for size in views)
+    # Draws come near the bound, which is a square of the largest side.
+    bound = token_count((decode.max_side, decode.max_side), frames)
+    assert 0.9 * bound < tokens <= bound
+    return bound
 
 
 @dataclass(frozen=True)
