@@ -121,6 +121,7 @@ def assets(
     labels_from_folders: ByFolder = False,
     packing: Annotated[Packing, typer.Option(help="How views become voxels.")] = Packing.surface,
     resolution: Annotated[int, typer.Option(help="Voxels along an edge.", min=4, max=1024)] = 64,
+    views: Annotated[int, typer.Option(help="Views of a mesh that its voxels are made from.", min=1)] = 16,
     unseen_views: Annotated[int, typer.Option(help="Views for losses alone, beside those that voxels see.", min=0)] = 8,
     licence: Licence = "",
     per_shard: PerShard = 100,
@@ -140,8 +141,9 @@ def assets(
     from data.making.sets import captions_for, make_set
 
     found = captions_for(source, captions, labels_by_folder=labels_from_folders)
-    make = AssetMaker(found, packing.value, resolution, unseen_views)
-    facts = {"licence": licence, "rule": packing.value, "resolution": resolution, "unseen": unseen_views}
+    make = AssetMaker(found, packing.value, resolution, unseen_views, views)
+    rendered = {"views": views, "unseen": unseen_views}
+    facts = {"licence": licence, "rule": packing.value, "resolution": resolution, **rendered}
     made = make_set(source, out, "assets", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 

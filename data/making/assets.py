@@ -35,12 +35,14 @@ class AssetMaker:
     captions: finds caption and label.
     rule, resolution: see `tokenizer.assets.packing`.
     unseen: views for losses alone; folders of views have none.
+    views: that a mesh is seen from; a folder has its own.
     """
 
     captions: Captions
     rule: PackingRule = "surface"
     resolution: int = 64
     unseen: int = 8
+    views: int = VIEWS
 
     def __call__(self, file: Path) -> Iterator[Record | Skipped]:
         """The record of a file, or why there is none."""
@@ -71,7 +73,7 @@ class AssetMaker:
         if file.name == TRANSFORMS_FILE:
             return Views.load(file.parent), None, np.eye(4)
         mesh = load_mesh(file).normalised()
-        seen = render_views(mesh, sphere_cameras(VIEWS, mesh.radius), VIEW_SIZE, samples=VIEW_SAMPLES)
+        seen = render_views(mesh, sphere_cameras(self.views, mesh.radius), VIEW_SIZE, samples=VIEW_SAMPLES)
         unseen = None
         if self.unseen:
             cameras = sphere_cameras(self.unseen, mesh.radius, phase=UNSEEN_PHASE)

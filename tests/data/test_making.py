@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.cli import app
 from data.decode.decoder import Decoder, DecodeSettings
 from data.making.captions import Captions
 from data.mixture import Task
@@ -19,6 +21,7 @@ from data.samples import Raw
 from data.shards.manifest import ShardSet, read_set
 from data.shards.reader import read_shard
 from data.tap import read_items
+from tokenizer.assets.pipeline import VIEWS
 from tokenizer.cli import main
 from tokenizer.errors import InputError
 from tokenizer.media import VideoWriter, load_image
@@ -134,19 +137,23 @@ def test_assets_are_rendered_once(tmp_path: Path) -> None:
     (folder / "box.obj").write_text(CUBE)
     (folder / "box.json").write_text('{"label": "container", "caption": "a box"}')
     (folder / "bad.obj").write_text("f 1 2 3\n")
-    assert run("shard", "assets", folder, "--out", tmp_path / "out", "--resolution", 12, "--unseen-views", 2) == 0
+    options = ("--resolution", 12, "--views", 14, "--unseen-views", 2)
+    assert run("shard", "assets", folder, "--out", tmp_path / "out", *options) == 0
     shards = read_set(str(tmp_path / "out"))
+    assert (shards.facts["views"], shards.facts["unseen"]) == (14, 2)
     assert [skipped.name for skipped in shards.skipped] == ["bad.obj"]
-    settings = DecodeSettings(views=18)
+    settings = DecodeSettings(views=99)
     (item,) = read_items(shards, Decoder("boxes", Task.ASSET_RECONSTRUCTION, "assets", settings))
     assert item.features is not None
     assert item.coordinates is not None
     assert item.views is not None
     # The shell of a cube of 12 voxels, all of it.
     assert len(item.coordinates) == 12**3 - 10**3
-    assert item.views.pictures.shape == (18, 256, 256, 4)
+    assert item.views.pictures.shape == (14 + 2, 256, 256, 4)
     assert item.caption == "a box"
     assert item.facts["label"] == "container"
+    # The command, which starts without torch, names the number of views that everything else renders.
+    assert inspect.signature(app.assets).parameters["views"].default == VIEWS
 
 
 @pytest.mark.parametrize(

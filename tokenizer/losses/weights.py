@@ -52,6 +52,25 @@ PSNR: none, in the published objective
 Rendered Gaussians: L1 + squared error + 0.5 L1 of the coverage
     The paper names L1 alone. The squared error is what PSNR measures, and without the coverage a black object could
     stay transparent before the black ground.
+
+and, beside the losses:
+
+Batches of clips and assets to understand: 1,024 and 512 (`data.batches` of the published stages)
+    The upper ends of what the paper gives their reconstruction. The sigmoid loss compares each of them with the texts
+    of all, so that a batch has its square of pairs; without a decoder a step costs no more than one of reconstruction.
+Where the paper gives a range: the most in a task's first stage, less where its pictures and clips grow
+    4,096, 2,048 and 1,024 pictures, 1,024 and 512 clips; assets do not grow, and stay at 512.
+Views of an asset that its reconstruction is compared with: 4 (`decode.views` of a source)
+    Drawn anew in each epoch from all that its set holds, so that all count in the end. Another asset in the batch says
+    more than another view of the same one.
+Views that voxels are made from: 16 of 256 x 256 pixels, spread evenly (`atoken shard assets --views`)
+    Whatever faces outward lies within 40 degrees of a camera's direction and within 63 of three. Who renders by other
+    means gives folders of views of any number. A voxel takes the nearest of them, as in the figure and in the released
+    code, or what `tokenizer.assets.packing` says.
+Gaussians of a voxel (K): 32, as in the released code (`gaussians.gaussians`)
+Key and value cache between tiles: none in training, where the tiles of a clip are as independent as in the released
+    code; decoding may have one (`tokenizer.model.context.Tiling`).
+What clips gradients, and which weights are not decayed: `tokenizer.training.curriculum.config`.
 """
 
 from __future__ import annotations
