@@ -266,6 +266,17 @@ def test_samples_larger_than_the_budget_are_named_and_not_broken(
     assert "10 tokens, at most 9 fit a batch" in named[0]["detail"]
 
 
+def test_counts_of_several_processes_add_up_and_those_of_older_checkpoints_are_understood() -> None:
+    quarantine = Quarantine()
+    new = {"good": 5, "causes": {"damaged picture": 1}, "too large": {"a": [5, 2]}}
+    old = {"good": 3, "causes": {"too large": 4, "damaged picture": 2}}
+    quarantine.load_state_dict(new, old, new)
+    assert (quarantine.good, quarantine.causes, quarantine.too_large) == (13, {"damaged picture": 4}, {"a": (10, 4)})
+    again = Quarantine()
+    again.load_state_dict(json.loads(json.dumps(quarantine.state_dict())))
+    assert again.state_dict() == quarantine.state_dict()
+
+
 @pytest.mark.parametrize("batches", [{}, {IMAGE: 5}])
 def test_a_source_of_which_hardly_any_sample_fits_stops_the_run(
     sets: dict[str, ShardSet], batches: dict[Task, int]
