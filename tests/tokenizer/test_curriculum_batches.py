@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from data.mixture import Task
 from data.samples import Item
 from tests.tokenizer.curriculum_data import ROOT, StubTower, lines, make_sets, pictures_alone, smoke
 from tokenizer.errors import InputError
+from tokenizer.sparse import SparseTokens
 from tokenizer.training.curriculum.launch import train
-from tokenizer.training.curriculum.preparation import NOTHING, Preparer, in_parts, stream_seed
+from tokenizer.training.curriculum.preparation import NOTHING, Latest, Patches, Preparer, in_parts, stream_seed
 from tokenizer.training.curriculum.processes import Processes
 
 CPU = torch.device("cpu")
@@ -55,6 +58,27 @@ def test_the_largest_is_split_in_the_middle_of_its_tokens() -> None:
     assert [part.num_tokens for part in parts] == [9, 2, 3, 4]
     with pytest.raises(InputError, match="a batch of 1 items cannot be split"):
         batch_of([9]).split()
+
+
+def test_patches_of_one_micro_batch_at_a_time_are_kept() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def make(number: int) -> SparseTokens:
+        tokens = SparseTokens(
+            torch.full((number, 3), float(number)), torch.zeros(number, 4, dtype=torch.int32), [number]
+        )
+        made.append(weakref.ref(tokens.features))
+        return tokens
+
+    latest = Latest()
+    first, second = (Patches(functools.partial(make, number), latest) for number in (2, 3))
+    assert first.tokens() is first.tokens()
+    assert second.tokens().num_tokens == 3
+    assert [kept() is not None for kept in made] == [False, True]
+    # What is counted after a step makes nothing anew.
+    assert (first.places().num_tokens, second.places().num_tokens, len(made)) == (2, 3, 2)
+    assert torch.equal(first.tokens().features, torch.full((2, 3), 2.0))
+    assert [kept() is not None for kept in made] == [False, False, True]
 
 
 def test_the_loss_does_not_depend_on_how_samples_are_spread(sets: Path, tmp_path: Path) -> None:

@@ -158,6 +158,9 @@ def test_megatron_takes_the_same_switch(tmp_path: Path) -> None:
     assert (switched.fp8_format, switched.fp8_recipe) == ("e4m3", "tensorwise")
     assert (switched.num_layers_at_end_in_bf16, switched.fp8_amax_history_len) == (1, 1024)
     # What its own section says counts more.
+    assert layout_of(run(tmp_path, "recompute=true"), "run.yaml").recompute_num_layers == 1
+    chosen = layout_of(run(tmp_path, "recompute=true", "megatron={recompute_granularity: selective}"), "run.yaml")
+    assert (chosen.recompute_granularity, chosen.recompute_method) == ("selective", None)
     own = layout_of(run(tmp_path, DELAYED, "megatron={fp8_format: e4m3, fp8_margin: 2}"), "run.yaml")
     assert (own.fp8_format, own.fp8_margin, own.fp8_recipe, own.fp8_amax_history_len) == ("e4m3", 2, "delayed", 4)
 

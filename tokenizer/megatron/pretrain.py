@@ -33,6 +33,9 @@ from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.objective import Objective
 from tokenizer.training.curriculum.processes import Processes
 
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+"""What `recompute: true` is to Megatron."""
+
 
 def read_settings(path: Path, overrides: Sequence[str], world: int) -> tuple[RunConfig, ParallelConfig]:
     """Settings of a run and its layout, checked against each other and the number of processes.
@@ -47,7 +50,7 @@ def read_settings(path: Path, overrides: Sequence[str], world: int) -> tuple[Run
 
 
 def layout_of(config: RunConfig, where: str) -> ParallelConfig:
-    """The section `megatron:` of a run, with what `fp8:` says where it says nothing itself.
+    """The section `megatron:` of a run, with what `fp8:` and `recompute:` say where it says nothing itself.
 
     Raises:
         InputError: unknown or contradicting settings, or some that this engine has not.
@@ -60,6 +63,8 @@ def layout_of(config: RunConfig, where: str) -> ParallelConfig:
     from_precision = config.precision == "bf16"
     from_fp8 = config.fp8.megatron_options() if config.fp8 is not None else {}
     options = {"bf16": from_precision, **from_fp8, **config.megatron}
+    if config.recompute and "recompute_granularity" not in config.megatron:
+        options |= RECOMPUTE
     parallel = parse_config(ParallelConfig, options, f"{where}: megatron")
     if parallel.bf16 != from_precision:
         raise InputError(f"{where}: megatron.bf16 is {parallel.bf16}, precision is {config.precision}; leave bf16 out")

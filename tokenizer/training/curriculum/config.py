@@ -181,8 +181,9 @@ class RunConfig:
     latent_channels, quantizer: of this stage, instead of the model's; latents grow and quantise as told.
     gaussians: sizes of the decoder that makes 3D Gaussians; none trains voxels alone.
     start, text, loss, choices, rendering, optimizer, validation, log, checkpoint: see there.
-    perceptual_images: pictures of a batch that LPIPS, Gram and CLIP look at, the first ones; all by default.
-    steps: optimizer steps. accumulation: times that batches are taken from the loader for each of them.
+    perceptual_images: pictures of a micro-batch that LPIPS, Gram and CLIP look at, the first ones; all by default.
+    steps: optimizer steps. accumulation: times that batches are taken from the loader for each of them; with
+        `data.batches`, which are batch sizes by task, there is no need of it.
     precision: "bf16" computes in bfloat16 where it can; parameters stay float32.
     fp8: linear layers of the blocks compute in FP8, in every engine; `{}` takes the defaults of `FP8Config`. The
         utilisation stays a share of what bfloat16 could do.
@@ -190,7 +191,7 @@ class RunConfig:
         take longer. Made for CUDA; on a CPU, batches with another number of lengths are compiled anew, eight at most.
         Blocks that `fp8.backend=triton` fuses are left as they are, and Megatron's layers.
     recompute: keep of a block what goes in alone, and compute the rest again on the way back: more time, for
-        micro-batches that would not fit. Megatron has `megatron.recompute_granularity`.
+        micro-batches that would not fit. Of Megatron it asks full, uniform, 1, unless `megatron` says another.
     attention: "cudnn" runs batches whose images, clips or assets all have one number of tokens by cuDNN's kernel, which
         plans anew for each such number and batch size; for runs at few sizes, on CUDA. Megatron has its own.
     engine: "auto" is "ddp" in several processes (torchrun), else "single"; "fsdp2" shares parameters out too.

@@ -39,10 +39,11 @@ PICTURES, BAD_STEPS = "pictures", "bad-steps"
 
 MAY_CHANGE = frozenset(
     {"steps", "out", "data", "validation", "log", "checkpoint", "accumulation", "engine", "max_bad_steps"}
-    | {"peak_tflops", "start", "megatron", "fp8"}
+    | {"peak_tflops", "start", "megatron", "fp8", "compile", "recompute", "attention"}
 )
 """Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say. FP8
-is how products are rounded, not what is trained: a run may end in bfloat16, or go on in FP8 after a careful start."""
+is how products are rounded, not what is trained: a run may end in bfloat16, or go on in FP8 after a careful start; and
+which kernels compute, and when, is up to the machine that it goes on with."""
 
 
 @dataclass(slots=True)
@@ -156,8 +157,8 @@ class Loop:
     def _count(self, prepared: Sequence[Prepared]) -> None:
         counted = [part for part in prepared if part.share]
         self.progress.tokens += int(sum({part.task: part.totals.tokens for part in counted}.values()))
-        self._interval[0] += sum(part.tokens.num_tokens for part in counted)
-        self._interval[1] += sum(self.work.of(part.tokens, part.task) for part in counted)
+        self._interval[0] += sum(part.patches.places().num_tokens for part in counted)
+        self._interval[1] += sum(self.work.of(part.patches.places(), part.task) for part in counted)
 
     def _bad_step(self, step: int, prepared: Sequence[Prepared]) -> None:
         """Count a step that was not finite, keep its batches, and stop after too many in a row."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,6 +49,44 @@ class Totals:
     taught: float = 0.0
 
 
+class Latest:
+    """Whose patches are on the device, and these: of all micro-batches of a step those of one."""
+
+    def __init__(self) -> None:
+        self.owner: Patches | None = None
+        self.tokens: SparseTokens | None = None
+
+
+class Patches:
+    """The patches of a micro-batch, made when they are asked for: those of a whole step may not fit the device.
+
+    Args:
+        make: the patches [N, P] on the device, the same each time.
+        latest: shared by those of which one at a time is kept.
+    """
+
+    def __init__(self, make: Callable[[], SparseTokens], latest: Latest | None = None) -> None:
+        self._make, self._latest = make, latest or Latest()
+        self._places: SparseTokens | None = None
+
+    def tokens(self) -> SparseTokens:
+        latest = self._latest
+        if latest.owner is not self or latest.tokens is None:
+            latest.owner = latest.tokens = None  # before there are others
+            latest.tokens, latest.owner = self._make(), self
+            if self._places is None:
+                self._places = _without_features(latest.tokens)
+        return latest.tokens
+
+    def places(self) -> SparseTokens:
+        """The same without features [N, 0], on the CPU; kept."""
+        return self._places or _without_features(self.tokens())
+
+
+def _without_features(tokens: SparseTokens) -> SparseTokens:
+    return SparseTokens(torch.empty(tokens.num_tokens, 0), tokens.host_positions, tokens.lengths)
+
+
 NOTHING = Totals(*[math.inf] * 5)
 """What sums of a micro-batch are divided by that counts for nothing."""
 
@@ -69,7 +108,7 @@ class Texts:
 class Prepared:
     """One micro-batch, ready for the model and the objective.
 
-    task: its task. tokens: patches [N, P] on the device. ids: of its items.
+    task: its task. patches: of its items. ids: of these.
     share: how much the task counts in this step: the share of the turns that were its. One for the task of every step;
         zero for a micro-batch that is there only because other processes have one more.
     totals: what sums are divided by.
@@ -81,7 +120,7 @@ class Prepared:
     """
 
     task: str
-    tokens: SparseTokens
+    patches: Patches
     ids: tuple[str, ...]
     share: float
     totals: Totals
@@ -90,6 +129,11 @@ class Prepared:
     seed: int
     taught: tuple[Tensor, Tensor] | None = None
     captions: tuple[str | None, ...] = ()
+
+    @property
+    def tokens(self) -> SparseTokens:
+        """Patches [N, P] on the device, made anew where another micro-batch's were asked for in between."""
+        return self.patches.tokens()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +207,17 @@ class Preparer:
         totals = self._totals(batches, tasks)
         texts = self._texts(batches, tasks)
         places = [(group, number) for group in groups for number in range(len(group.batches))]
+        latest = Latest()
         for row, (batch, (group, number)) in enumerate(zip(batches, places, strict=True)):
-            tokens = batch.tokens(self.device, torch.float32, self.patch_size)
+            patches = Patches(partial(batch.tokens, self.device, torch.float32, self.patch_size), latest)
             turn = group.turn * self.processes.world + self.processes.rank
             yield Prepared(
                 task=group.task,
-                tokens=tokens,
+                patches=patches,
                 ids=tuple(item.id for item in batch.items),
                 share=sum(other.task == group.task for other in groups) / turns,
                 totals=totals[group.task],
-                texts=self._with_teacher(batch, tokens, texts.get(row)),
+                texts=self._with_teacher(batch, patches, texts.get(row)),
                 views=tuple(item.views for item in batch.items),
                 seed=stream_seed(self.seed, step, group.place, turn, *([number] if number else [])),
                 taught=self._taught(batch),
@@ -245,7 +290,7 @@ class Preparer:
         return rows.to(self.device), torch.stack([features for _, _, features in seen]).to(self.device)
 
     def _with_teacher(
-        self, batch: StepBatch, tokens: SparseTokens, texts: tuple[Tensor, Tensor, Tensor] | None
+        self, batch: StepBatch, patches: Patches, texts: tuple[Tensor, Tensor, Tensor] | None
     ) -> Texts | None:
         if texts is None:
             return None
@@ -253,7 +298,9 @@ class Preparer:
         if batch.task != IMAGE_UNDERSTANDING:
             return Texts(every, matches, None)
         return Texts(
-            every, matches, own if self.teacher is None else image_vectors(self.teacher, tokens, self.patch_size)
+            every,
+            matches,
+            own if self.teacher is None else image_vectors(self.teacher, patches.tokens(), self.patch_size),
         )
 
 
