@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -82,6 +83,28 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values; `parse_config` reads it back."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return plain
+
+
+def changed_settings(config: Any, then: Mapping[str, Any]) -> list[str]:
+    """Dotted names of settings that are not what they were, sorted.
+
+    Args:
+        config: a dataclass. then: what `config_to_dict` gave of an earlier one; settings that there were none of yet
+            count as having been what they are by default.
+    """
+    now = config_to_dict(config)
+    with suppress(InputError):  # settings that are no more stay as they stand, and count as changed
+        then = config_to_dict(parse_config(type(config), then, "then"))
+    return sorted(_differences(then, now, ""))
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key in {*then, *now}:
+        before, after = then.get(key), now.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}"
 
 
 def _adapter(kind: type[_Config]) -> TypeAdapter[_Config]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tokenizer.checkpoints import bundled_models
-from tokenizer.config import config_to_dict, load_config, parse_config, read_mapping
+from tokenizer.config import changed_settings, config_to_dict, load_config, parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.model.config import CONFIGS, NANO, ATokenConfig, FSQConfig
 from tokenizer.training.curriculum.config import RunConfig
@@ -120,6 +120,18 @@ def test_bad_sizes(change: dict[str, Any], message: str) -> None:
         parse_config(ATokenConfig, {**config_to_dict(NANO), **change}, "here.json")
     assert message in one_line(error)
     assert str(error.value).startswith("here.json: ")
+
+
+def test_changed_settings_have_names_and_new_ones_were_what_they_are_by_default() -> None:
+    then = config_to_dict(NANO)
+    assert changed_settings(NANO, then) == []
+    del then["tile_frames"], then["encoder"]["rotary"]
+    assert changed_settings(NANO, then) == []
+    then["encoder"]["depth"] += 1
+    then["skip"] = None
+    assert changed_settings(NANO, then) == ["encoder.depth", "skip"]
+    # Settings that are no more are named, and so are those that came since: it cannot be known what they were.
+    assert changed_settings(NANO, {**config_to_dict(NANO), "stride": 2}) == ["stride"]
 
 
 @pytest.mark.parametrize(

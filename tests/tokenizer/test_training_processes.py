@@ -226,8 +226,8 @@ def test_a_run_begins_where_one_of_another_engine_stood(
         ("one", "no data on this machine"),
         (
             "other",
-            "other/checkpoints/step-000006 belongs to a run with other settings (model); choose another out= folder or "
-            "remove it",
+            "other/checkpoints/step-000006 belongs to a run with other settings (model.encoder.depth); choose another "
+            "out= folder or remove it",
         ),
     ],
 )

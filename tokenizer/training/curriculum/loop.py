@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tokenizer.atomic import atomic_path
-from tokenizer.config import config_to_dict
+from tokenizer.config import changed_settings, config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.gaussians.decoder import GaussianDecoder
 from tokenizer.tensorio import write_pt
@@ -297,11 +297,11 @@ class Loop:
         self._since = time.perf_counter()
 
     def _check_settings(self, path: Path, then: dict[str, Any]) -> None:
-        changed = [key for key, value in self.settings.items() if then.get(key) != value and key not in MAY_CHANGE]
+        changed = [name for name in changed_settings(self.config, then) if name.split(".")[0] not in MAY_CHANGE]
         if changed:
             raise InputError(
-                f"{path} belongs to a run with other settings ({', '.join(sorted(changed))}); choose another out= "
-                "folder or remove it"
+                f"{path} belongs to a run with other settings ({', '.join(changed)}); choose another out= folder or "
+                "remove it"
             )
 
     def _check_engine(self, path: Path) -> None:
