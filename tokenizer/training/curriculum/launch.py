@@ -99,14 +99,19 @@ def train(
         tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
         teacher = _teacher(config, tower, device)
         objective = make_objective(config, device)
-        # A run that goes on has its linear codes in its checkpoint: fitting them takes minutes.
+        records = Records(folder, f"{config.name} stage {config.stage.number}", config.steps, active=processes.first)
+
+        def patches_to_fit() -> Iterator[StepBatch]:
+            records.say(f"fitting linear codes to {config.start.patches} patches of each sort: minutes, once in a run")
+            return training_batches(config)
+
+        # A run that goes on has its linear codes in its checkpoint.
         goes_on = newest_good(folder / CHECKPOINTS) is not None
-        model = starting_model(config, tower, None if goes_on else lambda: training_batches(config))
+        model = starting_model(config, tower, None if goes_on else patches_to_fit)
         # Counted before FSDP2 replaces the parameters by shares of them.
         work = Work(model)
         patch_size = network_config(config).patch_size
         engine = make_engine(model, objective, config, processes, device)
-        records = Records(folder, f"{config.name} stage {config.stage.number}", config.steps, active=processes.first)
         if isinstance(engine, TorchEngine) and engine.conversion is not None:
             records.say(engine.conversion.describe())
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
