@@ -53,7 +53,9 @@ def index_frames(timestamps: NDArray[np.float64], tick: float, declared_rate: Fr
     if len(steps) == 0 or times[-1] <= 0:
         return FrameIndex(times, declared_rate or Fraction(25), variable=False)
     variable = bool(steps.max() - steps.min() > max(2 * tick, 0.05 * float(np.median(steps))) + 1e-9)
-    average = Fraction(len(steps) / float(times[-1])).limit_denominator(1001)
+    seconds = float(times[-1])
+    # Frames hours apart, as damaged times have them, would round to none a second.
+    average = Fraction(len(steps) / seconds).limit_denominator(1001) or Fraction(len(steps), round(seconds))
     agrees = declared_rate is not None and abs(float(declared_rate / average) - 1) < 0.01
     rate = declared_rate if declared_rate is not None and agrees and not variable else average
     return FrameIndex(times, rate, variable)
@@ -117,13 +119,17 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.video.st
     # PyAV's logging stays off, as it is by default: its callback takes the GIL from decoder threads, and closing a file
     # that is not read to its end then waits for those threads forever.
     try:
-        container = av.open(str(path))
+        # Titles and comments are of no use here, and many are in Latin-1 or damaged.
+        container = av.open(str(path), metadata_errors="replace")
     except _ffmpeg_errors() as error:
         raise InputError(f"{path}: is not a video that can be read, or it is truncated ({_reason(error)})") from error
     with container:
         if not container.streams.video:
             raise InputError(f"{path}: has no video stream")
-        yield container, container.streams.video[0]
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise InputError(f"{path}: its video is of a codec that FFmpeg does not know, or its header is damaged")
+        yield container, stream
 
 
 def _is_shown(packet: Any, codec: str, *, first: bool) -> bool:

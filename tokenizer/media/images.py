@@ -35,8 +35,12 @@ LARGEST_SIDES: Final = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
-# What Pillow's decoders raise on damaged data, besides its own UnidentifiedImageError (an OSError).
-DECODING_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
+# What Pillow's decoders raise on damaged data, besides its own UnidentifiedImageError (an OSError). A bomb is told from
+# the header of a frame, which may be larger than that of its file.
+DECODING_ERRORS: Final = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
 
 # Pillow's own limit on pixels is a global that `Image.open` reads; it is lifted for the moment of opening only.
 _pillow_limit = threading.Lock()

@@ -1,0 +1,84 @@
+"""Odd and damaged media: read where what is odd is not the picture, else refused in one line that names the file."""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenizer.errors import InputError
+from tokenizer.media import VideoReader, media_kind
+from tokenizer.media.containers import index_frames
+
+FRAMES = 5
+TITLE = b"Cafe del mar"
+
+
+def film(folder: Path, ending: str, codec: str) -> Path:
+    """Five frames of 48 x 32 with a title."""
+    path = folder / f"film.{ending}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = TITLE.decode()
+        stream: Any = container.add_stream(codec, rate=25)  # typed as audio too
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(FRAMES):
+            pixels = np.full((32, 48, 3), 40 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("avi", "mpeg4"), ("mp4", "libx264"), ("mkv", "libx264")])
+def test_a_title_that_is_not_utf_8_is_no_reason_to_refuse_a_film(tmp_path: Path, ending: str, codec: str) -> None:
+    path = film(tmp_path, ending, codec)
+    whole, data = VideoReader(path).read(), path.read_bytes()
+    assert TITLE in data
+    path.write_bytes(data.replace(TITLE, "Café del mar".encode("latin-1")))
+    np.testing.assert_array_equal(VideoReader(path).read(), whole)
+    assert len(whole) == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "known", "unknown"),
+    [("avi", "mpeg4", b"FMP4", b"QQ4Q"), ("mkv", "libx264", b"V_MPEG4/ISO/AVC", b"V_MPQQQ/ISO/AVC")],
+)
+def test_a_codec_that_nobody_knows_is_named(
+    tmp_path: Path, ending: str, codec: str, known: bytes, unknown: bytes
+) -> None:
+    path = film(tmp_path, ending, codec)
+    data = path.read_bytes()
+    assert known in data
+    path.write_bytes(data.replace(known, unknown))
+    with pytest.raises(InputError, match=rf"film\.{ending}: its video is of a codec that FFmpeg does not know"):
+        VideoReader(path)
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [(1e6, Fraction(1, 1_000_000)), (1500.0, Fraction(1, 1001))])
+def test_frames_hours_apart_still_have_a_rate(seconds: float, rate: Fraction) -> None:
+    for declared in (None, Fraction(25)):
+        index = index_frames(np.array([0.0, seconds]), 0.01, declared)
+        assert index.fps == rate
+        assert not index.variable
+
+
+def test_a_frame_larger_than_its_animation_is_no_bomb(tmp_path: Path) -> None:
+    """The second frame of a GIF says that it has 65,535 pixels a side."""
+    shades: list[NDArray[np.uint8]] = [np.full((8, 8), shade, np.uint8) for shade in (0, 100)]
+    first, second = (Image.fromarray(shade) for shade in shades)
+    coded = io.BytesIO()
+    first.save(coded, "GIF", save_all=True, append_images=[second])
+    data = bytearray(coded.getvalue())
+    place = data.rindex(b"\x2c\x00\x00\x00\x00\x08\x00\x08\x00")
+    data[place + 5 : place + 9] = b"\xff\xff\xff\xff"
+    path = tmp_path / "bomb.gif"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"bomb\.gif: is truncated or damaged \(Image size"):
+        VideoReader(path)
+    assert media_kind(path) in ("image", "video")
