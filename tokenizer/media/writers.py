@@ -8,6 +8,10 @@
 | `x.gif`      | 256 colours chosen for each frame, exact size, times rounded to hundredths of a second           |
 | `x` or `x/`  | a folder of `frame_000000.png`, `frame_000001.png`, ...; lossless                                |
 | `x.npy`      | one uint8 array [T, H, W, 3]; lossless                                                           |
+
+MP4 and WebM say how their colours are to be read: the matrix is BT.709 from 720 rows up and BT.601 below, for which
+players take a file without tags, so that those that ignore tags are right too; primaries and transfer are BT.709, the
+range is the limited one.
 """
 
 from __future__ import annotations
@@ -37,6 +41,12 @@ SAVED_VIDEO_ENDINGS: Final = (".mp4", ".webm", ".gif", ".npy")
 LARGEST_SIDES: Final = {".mp4": 16384, ".webm": 65536, ".gif": 65535}
 """Pixels a side that the encoders take."""
 
+FASTEST_GIF: Final = 100
+"""Frames a second. More would be shown at the same time, which no player and not even the encoder accepts."""
+
+HD_ROWS: Final = 720
+"""Rows of a frame from which on players take a video without tags for BT.709, and for BT.601 below."""
+
 Frame = NDArray[np.uint8]
 _WriteFrame = Callable[[Frame], None]
 
@@ -62,8 +72,8 @@ class VideoWriter:
         height, width: of every frame, in pixels.
 
     Raises:
-        InputError: unknown ending, a folder that holds other things, more pixels a side than the format holds, a frame
-            of another size, or no frame at all.
+        InputError: unknown ending, a folder that holds other things, more pixels a side or frames a second than the
+            format holds, a frame of another size, or no frame at all.
         OSError: the file cannot be written (no room, no permission).
     """
 
@@ -74,6 +84,11 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(100_000)
         if self.fps <= 0:
             raise InputError(f"{self.path}: a frame rate of {fps}; it must be above 0")
+        if self.path.suffix.lower() == ".gif" and self.fps > FASTEST_GIF:
+            raise InputError(
+                f"{self.path}: {float(self.fps):g} frames a second; .gif counts in hundredths of a second and holds at "
+                f"most {FASTEST_GIF}: write .mp4 or .webm"
+            )
         self.height, self.width = height, width
         self.num_frames = 0
         self._resources = ExitStack()
@@ -121,7 +136,7 @@ class VideoWriter:
             return _container(temporary, ending, self.fps, (self.height, self.width), _palette_frame)
         even = ending == ".mp4"
         size = (self.height + self.height % 2, self.width + self.width % 2) if even else (self.height, self.width)
-        return _container(temporary, ending, self.fps, size, _rgb_frame)
+        return _container(temporary, ending, self.fps, size, _yuv_frame)
 
 
 def check_video_ending(path: Path) -> None:
@@ -196,6 +211,8 @@ def _container(
         stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = pixel_format
+        if pixel_format == "yuv420p":
+            _tag_colours(stream.codec_context, size[0])
         count = 0
 
         def write(frame: Frame) -> None:
@@ -210,11 +227,22 @@ def _container(
         container.mux(stream.encode(None))
 
 
-def _rgb_frame(frame: Frame, size: tuple[int, int]) -> av.VideoFrame:
+def _tag_colours(encoder: Any, rows: int) -> None:
+    """State the colours as numbers of ISO/IEC 23091-2, for frames of `_yuv_frame`."""
+    encoder.colorspace = 1 if rows >= HD_ROWS else 6  # the matrix: BT.709 or BT.601
+    encoder.color_primaries = encoder.color_trc = 1  # BT.709; its primaries are those of sRGB
+    encoder.color_range = 1  # limited, 16..235
+
+
+def _yuv_frame(frame: Frame, size: tuple[int, int]) -> av.VideoFrame:
+    """4:2:0 in the matrix that `_tag_colours` states; FFmpeg's own choice would be BT.601 at every size."""
     import av
+    from av.video.reformatter import ColorRange, Colorspace
 
     padding = [(0, size[0] - frame.shape[0]), (0, size[1] - frame.shape[1]), (0, 0)]
-    return av.VideoFrame.from_ndarray(np.pad(frame, padding, mode="edge"), format="rgb24")
+    rgb = av.VideoFrame.from_ndarray(np.pad(frame, padding, mode="edge"), format="rgb24")
+    matrix = Colorspace.ITU709 if size[0] >= HD_ROWS else Colorspace.ITU601
+    return rgb.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=ColorRange.MPEG)
 
 
 def _palette_frame(frame: Frame, _size: tuple[int, int]) -> av.VideoFrame:

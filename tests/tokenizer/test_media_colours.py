@@ -1,0 +1,65 @@
+"""What written videos say of their colours and hold, and the rates and depths that formats have."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenizer.errors import InputError
+from tokenizer.media import VideoReader, VideoWriter
+
+GREEN = (30, 200, 60)
+BT709 = (0.2126, 0.0722)
+BT601 = (0.299, 0.114)
+
+
+def yuv_of(colour: tuple[int, int, int], shares: tuple[float, float]) -> list[float]:
+    """Limited-range Y, Cb, Cr of an RGB colour; `shares` are those of red and blue in the luma."""
+    red, green, blue = (value / 255 for value in colour)
+    luma = shares[0] * red + (1 - sum(shares)) * green + shares[1] * blue
+    return [
+        16 + 219 * luma,
+        128 + 112 * (blue - luma) / (1 - shares[1]),
+        128 + 112 * (red - luma) / (1 - shares[0]),
+    ]
+
+
+def write_green(path: Path, height: int, width: int, rate: Fraction | int = 25, frames: int = 2) -> Path:
+    with VideoWriter(path, rate, height, width) as writer:
+        writer.write(np.full((frames, height, width, 3), GREEN, np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm"])
+@pytest.mark.parametrize(
+    ("height", "width", "matrix", "shares"), [(719, 65, 6, BT601), (720, 64, 1, BT709), (96, 1280, 6, BT601)]
+)
+def test_matrix_and_tags_fit_each_other(
+    name: str, height: int, width: int, matrix: int, shares: tuple[float, float], tmp_path: Path
+) -> None:
+    """Players that ignore tags go by the rows; 719 rows become 720 in MP4, which holds even sizes only."""
+    import av
+
+    if (height, name) == (719, "x.mp4"):
+        matrix, shares = 1, BT709
+    path = write_green(tmp_path / name, height, width)
+    with av.open(str(path)) as container:
+        encoder = container.streams.video[0].codec_context
+        tags = (encoder.colorspace, encoder.color_primaries, encoder.color_trc, encoder.color_range)
+        frame = next(container.decode(video=0))
+        held = [bytes(plane)[0] for plane in frame.planes]
+    assert tuple(map(int, tags)) == (matrix, 1, 1, 1)
+    np.testing.assert_allclose(held, yuv_of(GREEN, shares), atol=1.6)  # the other matrix is 18 away
+    # Values of 8-bit YUV are up to two steps of RGB apart.
+    np.testing.assert_allclose(VideoReader(path).read()[0, 5, 5], GREEN, atol=3)
+
+
+def test_a_gif_of_too_many_frames_a_second_names_other_formats(tmp_path: Path) -> None:
+    for rate in (101, Fraction(30000, 1001) * 4, 240):
+        with pytest.raises(InputError, match=r"x\.gif: .* frames a second; .gif .* at most 100: write .mp4 or .webm"):
+            VideoWriter(tmp_path / "x.gif", rate, 8, 8)
+    assert VideoReader(write_green(tmp_path / "x.gif", 8, 8, 100, frames=5)).num_frames == 5
+    assert VideoReader(write_green(tmp_path / "x.mp4", 16, 16, 240, frames=5)).fps == 240
