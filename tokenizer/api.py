@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizer.errors import InputError
-from tokenizer.fingerprint import fingerprint, weights_digest
+from tokenizer.fingerprint import fingerprint, look, same_but_for_precision, weights_digest
 from tokenizer.model.atoken import ATokenNetwork, Encoding
 from tokenizer.model.config import ATokenConfig
 from tokenizer.model.context import Tiling
@@ -82,7 +81,7 @@ class AToken(ATokenNetwork):
     text_alignment: TextAlignment | None = None
     """What compares pooled vectors with texts, for models that were trained with a text tower; no submodule either."""
 
-    _weights: tuple[int, str] | None = None
+    _weights: tuple[Tensor, str] | None = None
 
     # ------------------------------------------------------------------ files
 
@@ -191,19 +190,20 @@ class AToken(ATokenNetwork):
 
     @property
     def weights_digest(self) -> str:
-        """The digest of the weights, computed anew after they changed. A change of precision is none."""
-        if self._weights is None or self._weights[0] != self._changes():
-            self.remember_digest(weights_digest(self.state_dict()))
+        """The digest of the weights, computed anew after they changed. A change of precision is none.
+
+        Values are compared rather than counts of writes: weights may be replaced, or written to past autograd. It takes
+        some 15 microseconds a tensor.
+        """
+        state = self.state_dict()
+        if self._weights is None or not same_but_for_precision(self._weights[0], look(state)):
+            self.remember_digest(weights_digest(state))
         assert self._weights is not None
         return self._weights[1]
 
     def remember_digest(self, digest: str) -> None:
         """Keep the digest of the weights as they were in their file, before any change of precision."""
-        self._weights = (self._changes(), digest)
-
-    def _changes(self) -> int:
-        """How often the parameters were written to. `.to(dtype)` does not count."""
-        return sum(p._version for p in chain(self.parameters(), self.buffers()) if not p.is_inference())
+        self._weights = (look(self.state_dict()), digest)
 
     # ------------------------------------------------------------------ pictures and clips
 

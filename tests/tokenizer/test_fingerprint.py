@@ -1,0 +1,70 @@
+"""The name of a latent space follows the weights, however they are changed, and no change of precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tokenizer import AToken, TokenFile
+from tokenizer.errors import InputError
+
+
+def load_copies(model: AToken) -> None:
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
+
+
+def load_by_assigning(model: AToken) -> None:
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def write_past_autograd(model: AToken) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+
+
+def replace_one_parameter(model: AToken) -> None:
+    model.encoder.to_posterior.weight = nn.Parameter(torch.zeros_like(model.encoder.to_posterior.weight))
+
+
+def replace_a_module(model: AToken) -> None:
+    old = model.encoder.to_posterior
+    model.encoder.to_posterior = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+
+
+@pytest.mark.parametrize(
+    "change", [load_copies, load_by_assigning, write_past_autograd, replace_one_parameter, replace_a_module]
+)
+def test_changed_weights_are_another_latent_space(
+    tiny_models: Path, tmp_path: Path, change: Callable[[AToken], None]
+) -> None:
+    model = AToken.from_pretrained(tiny_models / "atoken-nano", dtype=torch.float32)
+    picture = np.zeros((16, 16, 3), np.uint8)
+    model.encode_image(picture).save(tmp_path / "before.atok")
+    before = model.fingerprint
+    change(model)
+    assert model.fingerprint != before
+    encoding = model.encode_image(picture)
+    assert encoding.origin.fingerprint == model.fingerprint
+    with pytest.raises(InputError, match="latent space"):
+        model.decode_visual(TokenFile.load(tmp_path / "before.atok"))
+    # The digest that a float16 copy keeps is the new one too.
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    assert AToken.from_pretrained(tmp_path / "half").fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("order", [("half", "float", "bfloat16"), ("bfloat16", "half", "double")])
+def test_changes_of_precision_are_none(tiny_models: Path, order: tuple[str, ...]) -> None:
+    model = AToken.from_pretrained(tiny_models / "atoken-nano", dtype=torch.float32)
+    name = model.fingerprint
+    for precision in order:
+        model = copy.deepcopy(getattr(model, precision)())
+        assert model.fingerprint == name, precision
+    model = AToken.from_pretrained(tiny_models / "atoken-nano", dtype=torch.float32)
+    model.encoder.half()  # a part of it alone
+    assert model.fingerprint == name
