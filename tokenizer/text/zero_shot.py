@@ -45,10 +45,15 @@ class Classification:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """Recall at k in both directions: share of queries with a right answer among the k best."""
+    """Recall at k in both directions: share of queries with a right answer among the k best.
+
+    text_hits: for each k, which texts have their image among the k best: bool [M] on the CPU, for intervals. Texts of
+    one image are no independent draws.
+    """
 
     text_to_image: dict[int, float]
     image_to_text: dict[int, float]
+    text_hits: dict[int, Tensor]
 
 
 def class_vectors(tower: TextTower, names: Sequence[str], prompts: Sequence[str] = IMAGE_PROMPTS) -> Tensor:
@@ -147,9 +152,12 @@ def retrieve(
         own = scores.masked_fill(~mine, -torch.inf).amax(dim=1, keepdim=True)
         # Any of an image's own texts is right, so only other images' texts can stand before the best of them.
         to_text.append(((scores >= own) & ~mine).sum(dim=1))
-    found = torch.cat(to_image), torch.cat(to_text)
-    text_to_image, image_to_text = ({k: _share(rank < k) for k in at} for rank in found)
-    return Retrieval(text_to_image, image_to_text)
+    of_texts, of_images = torch.cat(to_image), torch.cat(to_text)
+    return Retrieval(
+        text_to_image={k: _share(of_texts < k) for k in at},
+        image_to_text={k: _share(of_images < k) for k in at},
+        text_hits={k: (of_texts < k).cpu() for k in at},
+    )
 
 
 def _scores(queries: Tensor, keys: Tensor, chunk: int) -> Iterator[tuple[int, Tensor]]:

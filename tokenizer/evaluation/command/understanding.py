@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tokenizer.api import AToken
 from tokenizer.errors import InputError
-from tokenizer.evaluation.bootstrap import bootstrap_mean
+from tokenizer.evaluation.bootstrap import bootstrap_mean, bootstrap_ratio
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.samples import Sample
 from tokenizer.evaluation.command.systems import ATokenSystem
@@ -147,7 +147,10 @@ def zero_shot(
 def retrieval(
     vectors: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], tower: TextTower, seed: int
 ) -> dict[str, Any] | None:
-    """Recall of the sample of each caption, and of a caption of each sample; None with fewer than two samples."""
+    """Recall of the sample of each caption, and of a caption of each sample; None with fewer than two samples.
+
+    Both have intervals over samples: captions of one sample are right and wrong together.
+    """
     used = [sample for sample in vectors if captions.get(sample)]
     if len(used) < 2:
         return None
@@ -155,7 +158,11 @@ def retrieval(
     texts = tower.encode([caption for _, caption in pairs]).cpu()
     owners = torch.tensor([number for number, _ in pairs])
     found = retrieve(torch.stack([vectors[sample] for sample in used]), texts, owners, at=RECALLS)
-    to_sample = {f"t2v_r{k}": _interval(share, len(pairs), seed) for k, share in found.text_to_image.items()}
+    described = torch.bincount(owners)
+    to_sample = {
+        f"t2v_r{k}": asdict(bootstrap_ratio(torch.bincount(owners, weights=hits.double()), described, seed))
+        for k, hits in found.text_hits.items()
+    }
     to_text = {f"v2t_r{k}": _interval(share, len(used), seed) for k, share in found.image_to_text.items()}
     return {"figures": {**to_sample, **to_text}, "samples": len(used), "captions": len(pairs), "tower": tower.name}
 
