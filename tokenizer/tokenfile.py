@@ -2,7 +2,7 @@
 
 A safetensors file with
     features  [N, C] floating latents, or  indices  [N, codebooks] integers
-    positions [N, 4] int16 (t, x, y, z)
+    positions [N, 4] int16 (t, x, y, z); int32 where a video is longer than 16 bits can count
     lengths   [B] int64, tokens of each item
 and one metadata entry "atoken", JSON: format version, model name and fingerprint of its latent space, and for each item
 its kind, frames, height, width and frame rate.
@@ -26,13 +26,11 @@ from torch import Tensor
 from tokenizer.atomic import atomic_path, temporary_beside
 from tokenizer.errors import InputError
 from tokenizer.patches import VisualSize
-from tokenizer.sparse import SparseTokens
+from tokenizer.sparse import MAX_POSITION, SparseTokens
 from tokenizer.voxels import AssetSize
 
 SUFFIX = ".atok"
 VERSION = 1
-MAX_STORED_POSITION = 2**15 - 1
-"""Streams count t beyond what a batch may hold (`tokenizer.sparse`), up to what 16 bits can."""
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -74,7 +72,7 @@ class Origin:
         try:
             values = json.loads(text)
             version = values["version"]
-            if version == VERSION:
+            if type(version) is int and version == VERSION:  # true and 1.0 are equal to 1
                 return cls._parse(values)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
             raise InputError(f"{where}: its metadata is damaged; encode the visual again") from None
@@ -136,7 +134,8 @@ class TokenFile:
         """Read a whole file.
 
         Raises:
-            InputError: missing, truncated or foreign file, or contents that contradict each other.
+            InputError: missing, truncated or foreign file, contents that contradict each other, or a video of more
+                steps than a batch can count, which `TokenReader.chunks` reads.
         """
         reader = TokenReader(path)
         return cls(reader.tokens(0, reader.lengths.tolist()), reader.origin)
@@ -169,7 +168,7 @@ class TokenWriter:
         self.num_tokens = 0
         self._dtype: torch.dtype | None = None
         self._channels = 0
-        self._largest = 0
+        self._largest = self._largest_position = 0
         self._parts: list[IO[bytes]] = []
 
     def __enter__(self) -> TokenWriter:
@@ -202,7 +201,7 @@ class TokenWriter:
         """Add the rows of `tokens`; their lengths do not matter until `finish`.
 
         Raises:
-            InputError: chunks that differ in type or channels, or positions that 16 bits cannot hold.
+            InputError: chunks that differ in type or channels, or positions below 0.
         """
         features, positions = tokens.features.detach().cpu(), tokens.host_positions
         if not features.is_floating_point():
@@ -212,10 +211,12 @@ class TokenWriter:
             self._dtype, self._channels = features.dtype, features.shape[1]
         if (features.dtype, features.shape[1]) != (self._dtype, self._channels) or self._dtype not in _DTYPE_NAMES:
             raise InputError(f"{self.path}: chunks differ in type or channels, or are {features.dtype}")
-        if len(positions) and not (int(positions.min()) >= 0 and int(positions.max()) <= MAX_STORED_POSITION):
-            raise InputError(f"{self.path}: positions must lie in 0..{MAX_STORED_POSITION} to fit a token file")
+        if len(positions):
+            if int(positions.min()) < 0:
+                raise InputError(f"{self.path}: positions must not be negative to fit a token file")
+            self._largest_position = max(self._largest_position, int(positions.max()))
         self._parts[0].write(_raw(features))
-        self._parts[1].write(_raw(positions.to(torch.int16)))
+        self._parts[1].write(_raw(positions))
         self.num_tokens += tokens.num_tokens
 
     def finish(self, origin: Origin, lengths: Tensor | Sequence[int]) -> None:
@@ -223,18 +224,20 @@ class TokenWriter:
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
         if self._dtype is None or int(lengths.sum()) != self.num_tokens or len(lengths) != len(origin.sizes):
             raise InputError(f"{self.path}: lengths {lengths.tolist()} do not fit {self.num_tokens} tokens")
-        # Only now is it known whether all indices fit 16 bits.
+        # Only now is it known whether all indices and positions fit 16 bits.
         narrow = not self._dtype.is_floating_point and self._largest < 2**15
         kept = torch.int16 if narrow else self._dtype
+        kept_positions = torch.int16 if self._largest_position < 2**15 else torch.int32
         shape = [self.num_tokens, self._channels]
         tensors = [
             ("features" if kept.is_floating_point else "indices", kept, shape),
-            ("positions", torch.int16, [self.num_tokens, 4]),
+            ("positions", kept_positions, [self.num_tokens, 4]),
             ("lengths", torch.int64, [len(lengths)]),
         ]
         with atomic_path(self.path) as temporary, temporary.open("wb") as out:
             out.write(_header(origin, tensors))
-            for part, stored, written in zip(self._parts, (self._dtype, torch.int16), (kept, torch.int16), strict=True):
+            kinds = ((self._dtype, kept), (torch.int32, kept_positions))
+            for part, (stored, written) in zip(self._parts, kinds, strict=True):
                 part.seek(0)
                 while block := part.read(1 << 22):
                     same = stored == written
@@ -279,7 +282,7 @@ class TokenReader:
         shape = self._values.get_shape()
         fits = len(shape) == 2 and self._positions.get_shape() == [shape[0], 4] and len(lengths.get_shape()) == 1
         kinds = (self._values.get_dtype(), self._positions.get_dtype(), lengths.get_dtype())
-        legal = ({"I16", "I32"} if self.discrete else {"F64", "F32", "F16", "BF16"}, {"I16"}, {"I64"})
+        legal = ({"I16", "I32"} if self.discrete else {"F64", "F32", "F16", "BF16"}, {"I16", "I32"}, {"I64"})
         if not fits or not all(kind in allowed for kind, allowed in zip(kinds, legal, strict=True)):
             raise InputError(f"{self.path}: its tensors have odd types or shapes; encode the visual again")
 
@@ -292,13 +295,24 @@ class TokenReader:
         """Whole items from row `start` on, checked.
 
         Raises:
-            InputError: a position out of range or twice in an item, or a latent that is not finite.
+            InputError: a position out of range or twice in an item, a latent that is not finite, or a video of more
+                steps than a batch can count.
         """
         tokens = SparseTokens(*self.rows(start, start + sum(lengths)), lengths)
         try:
             return tokens.validate()
         except InputError as error:
+            self._refuse_long_video(tokens)
             raise InputError(f"{self.path}: {error}; encode the visual again") from None
+
+    def _refuse_long_video(self, tokens: SparseTokens) -> None:
+        """Raise `InputError` with the way to read it if `tokens` go on for as long as a size says, and too long."""
+        last = int(tokens.positions[:, 0].max())
+        if MAX_POSITION < last < max((s.frames for s in self.origin.sizes if isinstance(s, VisualSize)), default=0):
+            raise InputError(
+                f"{self.path}: its video has {last + 1} latent steps, and a batch holds at most {MAX_POSITION + 1}; "
+                "decode it with 'atoken decode', or with decode_stream from TokenReader.chunks"
+            )
 
     def items(self) -> Iterator[TokenFile]:
         """One `TokenFile` for each item."""
@@ -311,7 +325,7 @@ class TokenReader:
             start += length
 
     def chunks(self, rows: int) -> Iterator[SparseTokens]:
-        """Successive blocks of at most `rows` rows, each as one item; for files of a single item.
+        """Successive blocks of at most `rows` rows, each as one item; for files of a single item, however long.
 
         Their values are not checked; `tokenizer.streaming.decode_stream` does it tile by tile.
         """
