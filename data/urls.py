@@ -29,6 +29,7 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from data.samples import SampleError
+from data.versions import Version
 from tokenizer.errors import InputError
 
 UNREACHABLE = "unreachable shard"
@@ -254,7 +255,8 @@ class _Download(io.RawIOBase):
     """One request for a whole file, as fsspec streams it.
 
     A reader that is slow, for a validation or a checkpoint, makes servers hang up: then the rest is asked for, where
-    the server knows ranges. What it sends in place of a rest is not used.
+    the server knows ranges and says which version of the file it sends (ETag or Last-Modified). What it sends in place
+    of the rest of that version is not used.
     """
 
     def __init__(self, url: str, tries: int, backoff: float, timeout: float) -> None:
@@ -262,7 +264,7 @@ class _Download(io.RawIOBase):
         self._tries, self._backoff, self._timeout = tries, backoff, timeout
         self._position = 0
         self._file = _tried(self._request, url, tries, backoff, timeout)
-        self._tag = str(self._file.r.headers.get("ETag", ""))
+        self._version = Version.of(self._file.r.headers)
 
     def readable(self) -> bool:
         return True
@@ -298,13 +300,16 @@ class _Download(io.RawIOBase):
 
     def _go_on(self) -> bool:
         """Ask for the rest, of the same file."""
+        if not (self._version.tag or self._version.modified):
+            return False
         time.sleep(self._backoff)
         headers = {"Range": f"bytes={self._position}-"}
-        if self._tag and not self._tag.startswith("W/"):
-            headers["If-Range"] = self._tag
+        if condition := self._version.condition:
+            headers["If-Range"] = condition
         with contextlib.suppress(Exception):  # the first failure is the one to tell
             rest = self._request(**headers)
-            if rest.r.status == http.HTTPStatus.PARTIAL_CONTENT:
+            partial = rest.r.status == http.HTTPStatus.PARTIAL_CONTENT
+            if partial and self._version.has_rest(rest.r.headers, self._position):
                 self._file.close()
                 self._file = rest
                 return True

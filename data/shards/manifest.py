@@ -13,6 +13,7 @@ headers alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -136,8 +137,13 @@ def read_set(spec: str | Path, *, console: Console | None = None) -> ShardSet:
         return _from_manifest(text)
     if not is_remote(text) and local_path(text).is_dir():
         return _from_folder(local_path(text), console)
-    if scheme_of(text) not in ("", "file", "pipe") and "." not in _last_part(text):
-        return _from_manifest(f"{text.rstrip('/')}/{MANIFEST}")
+    if scheme_of(text) not in ("", "file", "pipe"):
+        manifest = f"{text.rstrip('/')}/{MANIFEST}"
+        if text.endswith("/") or "." not in _last_part(text):
+            return _from_manifest(manifest)
+        if not _names_tars(text):
+            with contextlib.suppress(SampleError):  # a dot may be that of a folder ("set-v1.0") or of a tar ("a.bin")
+                return _from_manifest(manifest)
     return _from_tars(expand_urls(text), text, console)
 
 
@@ -181,6 +187,11 @@ def verify(shards: ShardSet) -> Iterator[tuple[Shard, str]]:
 
 def _is_manifest(text: str) -> bool:
     return scheme_of(text) != "pipe" and _last_part(text) == MANIFEST
+
+
+def _names_tars(text: str) -> bool:
+    """Whether a URL names tars beyond doubt: by its ending, or as a pattern."""
+    return _last_part(text).endswith(".tar") or any(mark in urlsplit(text).path for mark in "*{[")
 
 
 def _last_part(text: str) -> str:
