@@ -16,6 +16,8 @@ Only the picture, video, voxels or latents must be there. Among the facts, "labe
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +41,12 @@ VIEWS_EXTENSION = "views.webp"
 LATENTS_EXTENSION = "latents.safetensors"
 TEACHER_EXTENSION = "teacher.npy"
 
+DEEPEST_FACTS = 64
+"""Objects and lists that may lie within each other in KEY.json. Python reads some hundreds, but sends fewer to another
+process, and how many depends on who asks: so a limit far below that, which is the same for every reader."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @dataclass(frozen=True, slots=True)
 class Raw:
@@ -61,23 +69,29 @@ class Raw:
         return f"{self.shard.rsplit('/', 1)[-1]}/{self.key}"
 
     def facts(self) -> dict[str, Any]:
-        """KEY.json, or nothing where it is missing. NaN and Infinity, which JSON does not have, become None.
+        """KEY.json, or nothing where it is missing. NaN, Infinity and numbers beyond a float's range become None, since
+        JSON has no way to write them again.
 
         Raises:
-            InputError: not an object in JSON.
+            InputError: not an object in JSON, or one of more than `DEEPEST_FACTS` levels.
         """
         if "json" not in self.files:
             return {}
         try:
-            facts = json.loads(self.files["json"], parse_constant=lambda _: None)
+            facts = json.loads(self.files["json"], parse_constant=lambda _: None, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.id}.json: not readable as JSON ({' '.join(str(error).split())})") from None
         if not isinstance(facts, dict):
             raise InputError(f"{self.id}.json: must hold an object, not a {type(facts).__name__}")
+        # Few samples have enough brackets to be worth a look at how they lie.
+        brackets = self.files["json"].count(b"{") + self.files["json"].count(b"[")
+        if brackets > DEEPEST_FACTS and _is_deeper(facts, DEEPEST_FACTS):
+            raise InputError(f"{self.id}.json: lists or objects within each other, more than {DEEPEST_FACTS} deep")
         return facts
 
     def caption(self) -> str | None:
-        """KEY.txt as it is, else "caption" of KEY.json; None without either or where it is blank.
+        """KEY.txt as it is, else "caption" of KEY.json, halves of characters (lone surrogates) in it replaced; None
+        without either or where it is blank.
 
         Raises:
             InputError: not UTF-8, or a caption in JSON that is not text.
@@ -91,6 +105,7 @@ class Raw:
             text = self.facts().get("caption") or ""
             if not isinstance(text, str):
                 raise InputError(f"{self.id}.json: 'caption' must be text, not {type(text).__name__}")
+            text = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
         return text if text.strip() else None
 
     def label(self) -> str | None:
@@ -102,7 +117,23 @@ class Raw:
         label = self.facts().get("label")
         if label is None and "cls" in self.files:
             label = self.files["cls"].decode("utf-8", errors="replace").strip()
-        return None if label is None or label == "" else str(label)
+        return None if label is None or label == "" else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", str(label))
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether lists and objects lie within each other in more than `levels` levels."""
+    inside: list[Any] = [value]
+    for _ in range(levels + 1):
+        inside = [part for part in inside if isinstance(part, list | dict)]
+        if not inside:
+            return False
+        inside = [part for whole in inside for part in (whole.values() if isinstance(whole, dict) else whole)]
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +199,8 @@ class Fault:
 
     cause: as `SampleError.cause`.
     shard: URL of the tar.
-    index: number of the sample in the tar; of the first one where it concerns several.
+    index: number of the sample in the tar; of the first one where it concerns several; -1 where its key alone is
+        known.
     detail: one line for people: what, where.
     key: of the sample, where it is known.
     samples: how many are lost.

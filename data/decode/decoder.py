@@ -207,18 +207,18 @@ class Decoder:
             caption = raw.caption()
         except InputError as error:
             raise SampleError("damaged caption", str(error)) from None
-        label = facts.get("label")
-        if (
-            label
-            and self.settings.training
-            and draws("caption", self.seed, epoch, raw.id, 1)[0] < self.settings.label_share
-        ):
-            caption = self._asked(str(label).lower(), epoch, raw.id)
+        if self._asks_label(epoch, raw.id) and (label := raw.label()) is not None:
+            caption = self._asked(label.lower(), epoch, raw.id)
         caption = clean_caption(caption) if caption else None
         if self._needs_caption and not caption:
             raise SampleError("no caption", f"{raw.id}: has no caption, and {self.task} needs one")
         words = {"id": raw.id, "source": self.source, "task": self.task, "caption": caption or None, "facts": facts}
         return {**words, "teacher": read_teacher(raw.files, raw.id) if self._understanding else None}
+
+    def _asks_label(self, epoch: int, name: str) -> bool:
+        """Whether the label is to be the caption of a sample in this epoch."""
+        share = self.settings.label_share if self.settings.training else 0.0
+        return share > 0 and draws("caption", self.seed, epoch, name, 1)[0] < share
 
     def _asked(self, label: str, epoch: int, name: str) -> str:
         """A label as it is, or in a prompt."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from data.latents.statistics import Moments
 from data.mixture import Task
 from data.samples import LATENTS_EXTENSION, Fault, Item, Raw, SampleError
 from data.shards.manifest import Skipped
-from data.shards.tarwriter import Record
+from data.shards.tarwriter import KEYS, Record, is_key
 from data.urls import UNREACHABLE
 from data.window import Decode, Outcome
 from tokenizer import AToken, SparseTokens
 from tokenizer.errors import InputError
 from tokenizer.patches import VisualSize
 from tokenizer.voxels import AssetSize
+
+_FASTEST = 1e6
+"""Frames per second; what says more says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,8 @@ class Untouched:
         """As `decode`; raises the same."""
         item = self.decode(raw, epoch)
         facts, label = raw.facts(), raw.label()
-        # A label may have lain in a file of its own.
-        facts = facts if label is None else {"label": label, **facts}
+        if label is not None and facts.get("label") is None:  # it lay in a file of its own
+            facts = {**facts, "label": label}
         return replace(item, caption=raw.caption(), facts=facts)
 
 
@@ -62,9 +65,11 @@ class ShardEncoder:
     on_batch: Callable[[int, int], None]
     moments: Moments | None = None
     tokens: int = 0
+    _keys: set[str] = field(default_factory=set)
 
     def records(self, outcomes: Iterable[Outcome]) -> Iterator[Record | Skipped]:
-        """Records of the samples, in their order, and what could not become one.
+        """Records of the samples, in their order, and what could not become one: what was broken, and samples of other
+        makers whose key a shard cannot have, or has already.
 
         Raises:
             SampleError: "unreachable shard": it may be there later, so nothing is to be concluded from its absence.
@@ -76,6 +81,9 @@ class ShardEncoder:
             if isinstance(outcome, Fault):
                 yield self._left_out(outcome)
                 continue
+            if problem := self._problem_of_key(outcome):
+                yield self._left_out(_fault(outcome, problem))
+                continue
             if waiting and tokens + outcome.tokens > self.budget:
                 yield from self._encoded(waiting)
                 waiting, tokens = [], 0
@@ -83,6 +91,16 @@ class ShardEncoder:
             tokens += outcome.tokens
         if waiting:
             yield from self._encoded(waiting)
+
+    def _problem_of_key(self, item: Item) -> SampleError | None:
+        """Why a sample cannot be written under its key; from now on the key is taken."""
+        _, _, key = item.id.partition("/")
+        if not is_key(key):
+            return SampleError("impossible key", f"{item.id}: {KEYS}")
+        if key in self._keys:
+            return SampleError("repeated key", f"{item.id}: there is another sample of this key in its shard")
+        self._keys.add(key)
+        return None
 
     def _left_out(self, fault: Fault) -> Skipped:
         if fault.cause == UNREACHABLE:
@@ -94,11 +112,10 @@ class ShardEncoder:
     def _encoded(self, items: list[Item]) -> Iterator[Record | Skipped]:
         # The model never mixes items, so their order in batches changes nothing but, at most, the last bits.
         for item, latents in zip(items, self._latents(items), strict=True):
-            shard, _, key = item.id.partition("/")
             try:
                 contents = encode_latents(latents, item.id)
             except SampleError as error:
-                yield self._left_out(Fault(error.cause, shard, 0, str(error), key=key))
+                yield self._left_out(_fault(item, error))
                 continue
             if latents.mean is not None and latents.logvar is not None:
                 moments = Moments.of(latents.mean.half().numpy(), latents.logvar.half().numpy())
@@ -107,7 +124,7 @@ class ShardEncoder:
             files = {LATENTS_EXTENSION: contents}
             if item.caption is not None:
                 files["txt"] = item.caption.encode("utf-8")
-            yield Record(key, files, item.facts)
+            yield Record(item.id.partition("/")[2], files, item.facts)
         self.on_batch(len(items), sum(item.tokens for item in items))
 
     def _latents(self, items: list[Item]) -> list[LatentItem]:
@@ -150,7 +167,13 @@ class ShardEncoder:
         return {name: value.cpu() for name, value in values.items()}, encoding.pooled.cpu()
 
 
+def _fault(item: Item, error: SampleError) -> Fault:
+    shard, _, key = item.id.partition("/")
+    return Fault(error.cause, shard, -1, str(error), key=key)
+
+
 def _frame_rate(item: Item) -> float:
     rate: Any = item.facts.get("fps", 0.0)
     is_clip = item.pixels is not None and item.pixels.ndim == 4
-    return float(rate) if is_clip and isinstance(rate, int | float) and rate > 0 else 0.0
+    # Whole numbers in JSON may be larger than a float can be.
+    return float(rate) if is_clip and isinstance(rate, int | float) and 0 < rate < _FASTEST else 0.0

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -205,7 +206,7 @@ class _Run:
         facts = self.facts
         try:
             moments = [moments for file in files if (moments := _read_moments(file)) is not None]
-        except FileNotFoundError:
+        except _UnfinishedError:
             # Either shards are missing, or another process has written the manifest and tidied up already.
             if not (self.out / MANIFEST).exists():
                 return None
@@ -220,7 +221,13 @@ class _Run:
 
     def _is_finished(self, number: int) -> bool:
         path = self.out / self.names[number]
-        return finished_shard(path, plan=self.plan) is not None and _moments_file(path).exists()
+        if finished_shard(path, plan=self.plan) is None:
+            return False
+        try:
+            _read_moments(_moments_file(path))
+        except _UnfinishedError:
+            return False
+        return True
 
     def _left_out(self, bar: Bar, fault: Fault) -> None:
         self.quarantine.add(fault)
@@ -284,15 +291,25 @@ def _moments_file(tar: Path) -> Path:
 
 
 def _write_moments(path: Path, moments: Moments | None) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(moments.as_json() if moments else None) + "\n", encoding="utf-8")
+    # As lasting as the tar and its sidecar: a name without its contents, after a power cut, would look finished.
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(moments.as_json() if moments else None) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _UnfinishedError(Exception):
+    """A shard has no moments that can be read, so it is to be written."""
 
 
 def _read_moments(path: Path) -> Moments | None:
     """None for a shard without latents, or of indices.
 
     Raises:
-        FileNotFoundError: the shard is not finished.
+        _UnfinishedError: missing, or not what `_write_moments` wrote.
     """
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return None if values is None else Moments.from_json(values)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return None if values is None else Moments.from_json(values)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise _UnfinishedError(f"{path}: {error}") from None

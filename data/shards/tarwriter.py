@@ -22,6 +22,8 @@ _FORMAT = "atoken-shard"
 _EXTENSION = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
+KEYS = "keys are relative paths whose last part has no dot, without control characters"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -172,11 +174,14 @@ class _TarWriter:
         self.bytes += len(data)
 
 
-def _check_key(key: str, others: set[str]) -> None:
+def is_key(key: str) -> bool:
+    """Whether readers and those who unpack a shard would take files of this key for what they are (see `KEYS`)."""
     parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "." in parts[-1] or _CONTROL.search(key):
-        raise InputError(
-            f"sample {key!r}: keys are relative paths whose last part has no dot, without control characters"
-        )
+    return not (any(part in ("", ".", "..") for part in parts) or "." in parts[-1] or _CONTROL.search(key))
+
+
+def _check_key(key: str, others: set[str]) -> None:
+    if not is_key(key):
+        raise InputError(f"sample {key!r}: {KEYS}")
     if key in others:
         raise InputError(f"sample '{key}': there is another one of this key in its shard")
