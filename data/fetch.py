@@ -25,12 +25,14 @@ from typing import Protocol
 
 from data.samples import Fault
 from data.stream import Chunk
-from data.window import Job, Outcome, SourceReader
-from data.wire import receive, send
+from data.window import Job, Outcome, SourceReader, fault_of
+from data.wire import Buffer, pickled, receive, send
 from tokenizer.errors import InputError
 
 STARTS_OF_A_SAMPLE = 2
 """Workers that may die at one sample before it is left out."""
+
+CLOSED = "the loader is closed"
 
 MAX_SENT = 8
 """Chunks that a worker knows of; the rest waits on our side."""
@@ -43,10 +45,14 @@ class Fetcher(Protocol):
         """Have a chunk read, but for its first `skip` samples."""
 
     def next(self, source: str) -> Outcome:
-        """The next outcome of a source; waits for it. Only for chunks that were submitted."""
+        """The next outcome of a source; waits for it. Only for chunks that were submitted.
+
+        Raises:
+            InputError: closed, also by another thread in the meantime, or workers that die.
+        """
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, for good."""
 
 
 class InProcess:
@@ -56,18 +62,21 @@ class InProcess:
         self._readers = {name: SourceReader(job) for name, job in jobs.items()}
         self._chunks: dict[str, deque[tuple[Chunk, int]]] = {name: deque() for name in jobs}
         self._running: dict[str, Iterator[Outcome]] = {name: iter(()) for name in jobs}
+        self._closed = False
 
     def submit(self, chunk: Chunk, skip: int = 0) -> None:
         self._chunks[chunk.source].append((chunk, skip))
 
     def next(self, source: str) -> Outcome:
-        while True:
+        while not self._closed:
             for outcome in self._running[source]:
                 return outcome
             chunk, skip = self._chunks[source].popleft()
             self._running[source] = self._readers[source].outcomes(chunk, skip)
+        raise InputError(CLOSED)
 
     def close(self) -> None:
+        self._closed = True
         for reader in self._readers.values():
             reader.close()
 
@@ -131,6 +140,8 @@ class Workers:
     def submit(self, chunk: Chunk, skip: int = 0) -> None:
         task = _Task(chunk, skip)
         with self._changed:
+            if self._closed.is_set():
+                raise InputError(CLOSED)
             worker = self._workers[(chunk.lane + self._sources[chunk.source]) % len(self._workers)]
             self._queues[chunk.source].append(task)
             if not worker.tasks:
@@ -141,9 +152,11 @@ class Workers:
     def next(self, source: str) -> Outcome:
         queue = self._queues[source]
         with self._changed:
-            while not (queue[0].outcomes or self._failure):
+            while not (self._closed.is_set() or self._failure or queue[0].outcomes):
                 self._changed.wait(1.0)
                 self._accuse_the_silent()
+            if self._closed.is_set():
+                raise InputError(CLOSED)
             if self._failure:
                 raise self._failure
             task = queue[0]
@@ -155,12 +168,14 @@ class Workers:
     def close(self) -> None:
         with self._changed:
             self._closed.set()
+            self._changed.notify_all()
         for worker in self._workers:
             worker.process.kill()
             worker.process.join()
         self._listener.join()
-        for worker in self._workers:
-            worker.connection.close()
+        with self._changed:  # another thread may be about to send
+            for worker in self._workers:
+                worker.connection.close()
 
     # ------------------------------------------------------------------ the thread that listens
 
@@ -173,8 +188,16 @@ class Workers:
                     outcome = receive(worker.connection)
                 except (EOFError, OSError):
                     self._replace(worker)
+                except Exception as error:  # without this thread nothing would ever come
+                    self._fail(f"a data worker sent what cannot be read: {type(error).__name__}: {error}")
+                    return
                 else:
                     self._add(worker, outcome)
+
+    def _fail(self, why: str) -> None:
+        with self._changed:
+            self._failure = InputError(why)
+            self._changed.notify_all()
 
     def _add(self, worker: _Worker, outcome: Outcome) -> None:
         with self._changed:
@@ -217,11 +240,10 @@ class Workers:
             reason = dead.accused or _reason(dead.process.exitcode)
             self._deaths += 1
             if self._deaths > self._max_deaths:
-                self._failure = InputError(
+                self._fail(
                     f"data workers died {self._deaths} times, the last one {reason}: "
                     "give the run fewer workers or smaller windows, or look at the quarantine file"
                 )
-                self._changed.notify_all()
                 return
             fresh = self._start(dead.number)
             fresh.tasks = dead.tasks
@@ -239,12 +261,9 @@ class Workers:
         if not certain and task.deaths < STARTS_OF_A_SAMPLE:
             return
         chunk, job = task.chunk, self._jobs[task.chunk.source]
-        shard, place = job.shards[chunk.shard], chunk.start + task.done
-        window = place // job.reading.window
-        order = job.reading.window_order(job.seed, chunk.epoch, chunk.shard, window, shard.samples)
-        index = order[place - window * job.reading.window]
-        detail = f"{shard.url}: sample {index}: the worker that read it {reason}"
-        self._finish_place(worker, Fault("lost worker", shard.url, index, detail))
+        url, index = job.shards[chunk.shard].url, job.index_of(chunk, task.done)
+        detail = f"{url}: sample {index}: the worker that read it {reason}"
+        self._finish_place(worker, Fault("lost worker", url, index, detail))
 
     # ------------------------------------------------------------------ processes
 
@@ -282,10 +301,19 @@ def work(connection: Connection, jobs: Mapping[str, Job]) -> None:
     try:
         while True:
             chunk, skip = connection.recv()
-            for outcome in readers[chunk.source].outcomes(chunk, skip):
-                send(connection, outcome)
+            for place, outcome in enumerate(readers[chunk.source].outcomes(chunk, skip), start=skip):
+                send(connection, _messages(outcome, jobs[chunk.source], chunk, place))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the process that asked is gone; nothing of ours is worth tidying up
+
+
+def _messages(outcome: Outcome, job: Job, chunk: Chunk, place: int) -> Sequence[Buffer]:
+    """An outcome, ready to be sent; a fault in its place where it cannot travel."""
+    try:
+        return pickled(outcome)
+    except Exception as error:
+        url, index = job.shards[chunk.shard].url, job.index_of(chunk, place)
+        return pickled(fault_of(error, url, index, f"{url}: sample {index} cannot be sent"))
 
 
 def _reason(exitcode: int | None) -> str:

@@ -37,6 +37,12 @@ class Job:
     decode: Decode
     seed: int
 
+    def index_of(self, chunk: Chunk, place: int) -> int:
+        """The number in its tar of the sample at a place of a chunk (from 0 at its start)."""
+        window, within = divmod(chunk.start + place, self.reading.window)
+        samples = self.shards[chunk.shard].samples
+        return self.reading.window_order(self.seed, chunk.epoch, chunk.shard, window, samples)[within]
+
 
 @dataclass(slots=True)
 class _Lane:
@@ -86,13 +92,8 @@ class SourceReader:
             return Fault(failure.cause, url, index, str(failure))
         try:
             return self._job.decode(raw, chunk.epoch)
-        except SampleError as error:
-            return Fault(error.cause, url, index, str(error), key=raw.key)
-        except MemoryError:
-            return Fault("out of memory", url, index, f"{raw.id}: too large for the memory of a worker", key=raw.key)
         except Exception as error:  # one odd file must not end a run; many of them do, by their share
-            detail = f"{raw.id}: {type(error).__name__}: {' '.join(str(error).split())}"
-            return Fault("unexpected error", url, index, detail, key=raw.key)
+            return fault_of(error, url, index, raw.id, raw.key)
 
     def _window(self, chunk: Chunk) -> _Lane:
         """The lane of the chunk, with the samples of its window that can be read."""
@@ -130,6 +131,16 @@ class SourceReader:
                 else:
                     lane.failure = error
                 lane.next_index = -1  # a reader that has failed gives nothing more
+
+
+def fault_of(error: Exception, url: str, index: int, name: str, key: str = "") -> Fault:
+    """What becomes of sample `index` of a tar, called `name` for people, when working on it raised `error`."""
+    if isinstance(error, SampleError):
+        return Fault(error.cause, url, index, str(error), key=key)
+    if isinstance(error, MemoryError):
+        return Fault("out of memory", url, index, f"{name}: too large for the memory of a worker", key=key)
+    detail = f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"
+    return Fault("unexpected error", url, index, detail, key=key)
 
 
 def _close(reader: Iterator[Raw]) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Buffer = bytes | memoryview
 
 
 class _Pickler(pickle.Pickler):
@@ -22,15 +25,23 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def send(connection: Connection, value: object) -> None:
-    """Send a value; tensors must be on the CPU."""
+def pickled(value: object) -> list[Buffer]:
+    """A value as the messages that `receive` reads; tensors must be on the CPU.
+
+    Raises:
+        Exception: whatever pickling raises; nothing has been sent then.
+    """
     buffers: list[pickle.PickleBuffer] = []
     body = io.BytesIO()
     _Pickler(body, protocol=5, buffer_callback=buffers.append).dump(value)
-    connection.send_bytes(pickle.dumps([buffer.raw().nbytes for buffer in buffers]))
-    connection.send_bytes(body.getbuffer())
-    for buffer in buffers:
-        connection.send_bytes(buffer.raw())
+    raw = [buffer.raw() for buffer in buffers]
+    return [pickle.dumps([buffer.nbytes for buffer in raw]), body.getbuffer(), *raw]
+
+
+def send(connection: Connection, messages: Sequence[Buffer]) -> None:
+    """Send what `pickled` gave."""
+    for message in messages:
+        connection.send_bytes(message)
 
 
 def receive(connection: Connection) -> Any:
