@@ -15,6 +15,8 @@ instead, in as many batches as they need.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -300,7 +302,11 @@ def fullest(sizes: Sequence[int], budget: int) -> list[int]:
         sizes: at least one, each at least 1. The first may be over the budget: it travels alone then.
     """
     room = max(0, budget - sizes[0])
-    fitting = [number for number in range(1, len(sizes)) if sizes[number] <= room]
+    fitting, copies = [], Counter[int]()
+    for number, size in enumerate(sizes[1:], start=1):
+        copies[size] += size
+        if copies[size] <= room:  # of equal sizes, more than fit at once only cost time
+            fitting.append(number)
     return [0, *(fitting[number] for number in best_subset([sizes[number] for number in fitting], room))]
 
 
@@ -308,12 +314,16 @@ def best_subset(sizes: Sequence[int], room: int) -> list[int]:
     """Indices, ascending, of the sizes whose sum comes closest to `room` without exceeding it.
 
     Of equally good choices, the one that can be made from the fewest of the first sizes. Takes time and memory of
-    len(sizes) x room bits, in whole-number operations; far less where an early choice fills the room exactly.
+    len(sizes) x room bits, in whole-number operations; far less where an early choice fills the room, as near as the
+    common divisor of the sizes lets it.
 
     Args:
         sizes: whole numbers, at least 1.
         room: a whole number, at least 0.
     """
+    # In units of what all sizes share, an odd room for even sizes is filled, and the search ends there.
+    unit = math.gcd(*sizes) or 1
+    sizes, room = [size // unit for size in sizes], room // unit
     within = (1 << room + 1) - 1
     # sums[i] has bit s set if some subset of the first i sizes adds up to s.
     sums = [1]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import tracemalloc
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import Oversized, Packer, best_subset
+from data.packing import Oversized, Packer, best_subset, fullest
 from tokenizer.errors import InputError
 from tokenizer.sparse import SparseTokens
 
@@ -119,6 +120,35 @@ def test_the_best_subset_is_the_best_of_all_subsets(sizes: list[int], room: int)
     assert chosen == sorted(set(chosen))
     every = (subset for count in range(len(sizes) + 1) for subset in itertools.combinations(sizes, count))
     assert sum(sizes[index] for index in chosen) == max(total for subset in every if (total := sum(subset)) <= room)
+
+
+@QUICK
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 7), st.integers(0, 60), st.integers(1, 60))
+def test_the_choice_is_the_one_that_needs_the_fewest_of_the_oldest(
+    counts: list[int], unit: int, room: int, first: int
+) -> None:
+    """Whatever is left out of the search to save time, equal sizes beyond the room and a divisor of all."""
+    sizes = [unit * count for count in counts]
+    reach = [{0}]
+    for size in sizes:
+        reach.append(reach[-1] | {total + size for total in reach[-1] if total + size <= room})
+    left, expected = max(reach[-1]), []
+    for index in reversed(range(len(sizes))):
+        if left not in reach[index]:
+            expected.append(index)
+            left -= sizes[index]
+    assert best_subset(sizes, room) == expected[::-1]
+    assert fullest([first, *sizes], first + room) == [0, *(index + 1 for index in expected[::-1])]
+
+
+def test_a_room_that_cannot_be_filled_takes_no_memory() -> None:
+    """The search ends where nothing fuller can come: 8,192 whole numbers of 65,535 bits would be 67 MB."""
+    tracemalloc.start()
+    chosen = best_subset([1024] * 8192, 65535)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert chosen == list(range(63))
+    assert peak < 500_000  # bytes; the sizes in units are 66,000 of them
 
 
 def test_older_samples_win_between_equals() -> None:
