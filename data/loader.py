@@ -130,19 +130,27 @@ class Loader:
         self._finished: set[str] = set()
         self._steps = {task: self._steps_of(task) for task in self._packers}
         self._waited, self._started = 0.0, time.perf_counter()
-        self._begun = False
+        self._begun = self._ended = False
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
-        """The batches of the next step, task by task. Without end, unless all readings have epochs."""
+        """The batches of the next step, task by task. Without end, unless readings have epochs: then it ends with the
+        first step for which one of its tasks has nothing left.
+
+        What that step had drawn of its other tasks by then is dropped, and counts as taken in `state_dict`: whether a
+        source has another sample shows only when it is read.
+        """
+        if self._ended:
+            raise StopIteration
         self._begun = True
         asked = time.perf_counter()
         batches = []
         for task in self.mixture.step():
             portion = next(self._steps[task], None)
             if portion is None:
+                self._ended = True  # else every further call would drop as much again
                 raise StopIteration
             batches += [Batch(task, [sample.item for sample in held]) for held in portion]
         self._waited += time.perf_counter() - asked

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,8 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig
 from data.loader import Loader
-from data.packing import Oversized
-from data.portions import Portions, pack, share
+from data.packing import Oversized, fullest
+from data.portions import LOOK_AHEAD, Portions, pack, share
 from data.shards.manifest import ShardSet
 from tests.data.loading import BUDGETS, IMAGE, UNDERSTOOD, VIDEO, TinyDecoder, feed, ids, load, steps, tiny_set
 from tokenizer.config import parse_config
@@ -62,6 +65,40 @@ def test_a_packing_is_the_fullest_from_the_oldest() -> None:
     assert pack([], 20) == []
 
 
+STEPS: dict[str, tuple[Callable[[random.Random], int], int, int]] = {
+    "pictures": (lambda lot: lot.randint(4, 32) * lot.randint(4, 32), 65536, 41),
+    "even sizes, odd budget": (lambda lot: 2 * lot.randint(8, 512), 65535, 66),
+    "one size": (lambda _: 1024, 65535, 131),
+    "one size, small budget": (lambda _: 256, 16484, 128),
+    "assets": (lambda lot: lot.randint(500, 8192), 65536, 545),
+    "three sizes": (lambda lot: lot.choice([7001, 7013, 7019]), 65536, 911),
+}
+"""Tokens of a sample, the budget, and into how many batches a choice from all samples packs 8,192."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_large_step_is_packed_in_time_that_grows_with_its_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, budget, batches = STEPS[name]
+    lot = random.Random(0)
+    sizes = [draw(lot) for _ in range(8192)]
+    looked_at: list[int] = []
+
+    def counted(some: Sequence[int], budget: int) -> list[int]:
+        looked_at.append(len(some))
+        return fullest(some, budget)
+
+    monkeypatch.setattr("data.portions.fullest", counted)
+    start = time.process_time()
+    packed = pack(sizes, budget)
+    assert time.process_time() - start < 0.6  # seconds; measured: at most 0.06, and without the care 2 to 53
+    assert len(packed) == batches
+    assert sorted(itertools.chain(*packed)) == list(range(8192))
+    assert all(sum(sizes[number] for number in batch) <= budget for batch in packed)
+    # Samples that wait are looked at again, but not all that wait.
+    assert sum(looked_at) <= len(packed) * LOOK_AHEAD + 3 * len(sizes)
+    assert pack(sizes, budget) == packed
+
+
 @QUICK
 @given(st.lists(st.integers(1, 26), max_size=40), st.integers(1, 7))
 def test_what_is_too_large_is_replaced_by_the_next(sizes: list[int], count: int) -> None:
@@ -74,6 +111,18 @@ def test_what_is_too_large_is_replaced_by_the_next(sizes: list[int], count: int)
     assert report.running.tokens + report.draining.tokens == sum(fitting)
     batches = report.running.batches + report.draining.batches
     assert report.running.wasted + report.draining.wasted == 20 * batches - sum(fitting)
+
+
+def test_steps_that_are_short_are_reported_apart() -> None:
+    portions: Portions[int] = Portions(3, 10, lambda size: size)
+    assert [len(step) for step in portions.steps([6, 3, 5, 9, 11, 2, 2, 8])] == [2, 2, 1]
+    running, draining = portions.report.running, portions.report.draining
+    assert (running.batches, running.tokens, running.wasted, running.largest) == (4, 27, 13, 6)
+    assert (draining.batches, draining.tokens, draining.wasted, draining.largest) == (1, 8, 2, 2)
+    # A source that ends with a whole step drains nothing.
+    whole: Portions[int] = Portions(2, 10, lambda size: size)
+    assert len(list(whole.steps([6, 3, 5, 9]))) == 2
+    assert (whole.report.running.batches, whole.report.draining.batches) == (3, 0)
 
 
 @pytest.mark.parametrize(("oversized", "expected"), [("skip", [[[3], [5]]]), ("alone", [[[3], [30]], [[5]]])])
@@ -179,3 +228,18 @@ def test_impossible_batch_sizes_are_refused(sets: dict[str, ShardSet], tmp_path:
     values = {"sources": [source], "ratios": {IMAGE: 1}, "budgets": {IMAGE: 9}, "batches": {"pictures": 2}}
     with pytest.raises(InputError, match=r"data: batches\.pictures"):
         parse_config(DataConfig, values, "data")
+
+
+def test_the_end_of_one_task_is_the_end(sets: dict[str, ShardSet]) -> None:
+    """Also when asked again: each call would draw a step's samples of the other tasks and drop them."""
+    chosen = [
+        feed(sets["a"], TinyDecoder("a", IMAGE), epochs=1),
+        feed(sets["a"], TinyDecoder("c", UNDERSTOOD), epochs=1),
+    ]
+    loader = load({}, chosen, ratios={IMAGE: 1}, batches={IMAGE: 20, UNDERSTOOD: 5})
+    turns = list(loader)
+    assert [sum(len(batch.items) for batch in turn if batch.task == UNDERSTOOD) for turn in turns] == [5, 5, 5]
+    state = loader.state_dict()
+    assert state["packers"][UNDERSTOOD]["taken"] == 20  # that of the step that did not come out is among them
+    assert list(itertools.islice(loader, 3)) == []
+    assert loader.state_dict() == state
