@@ -3,8 +3,9 @@
 Every fault is counted under its cause. The quarantine file names each broken sample once, one JSON object a line, so
 that a data set can be mended; it is appended to, also by later runs and by other processes.
 
-A sample that is larger than a batch may be is whole: it is named and counted too, but apart. Of a large source some are
-to be expected; a source of which hardly any sample fits has settings that do not fit it, and stops the run.
+A sample that is larger than a batch may be is whole: it is counted too, but apart, and the first of a source are named.
+Of a large source some are to be expected; a source of which hardly any sample fits has settings that do not fit it, and
+stops the run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ ENOUGH_TO_JUDGE = 200
 MOST_TOO_LARGE = 0.9
 """Share of a source's samples that may be too large for a batch. What is left of such a source is a choice of its
 small samples, at a tenth of the speed; nobody wants that, but fewer may be meant."""
+
+MOST_NAMED = 100
+"""Samples of a source that a process names as too large. They show what is too large for which budget; all of them may
+be millions, and nothing is to be mended in them."""
 
 TOO_LARGE = "too large"
 """The cause under which such samples are named."""
@@ -68,14 +73,15 @@ class Quarantine:
         self.too_large[source] = read + 1, left_out
 
     def leave_out(self, source: str, fault: Fault) -> None:
-        """Count and name a sample, counted as good already, that no batch can hold.
+        """Count a sample, counted as good already, that no batch can hold, and name it if it is of the first.
 
         Raises:
             InputError: hardly any sample of the source is of use.
         """
         read, left_out = self.too_large.get(source, (0, 0))
         self.too_large[source] = read, left_out + 1
-        self._name(fault)
+        if left_out < MOST_NAMED:  # which a run that goes on has not done anew, since its counts go on
+            self._name(fault)
         if read >= ENOUGH_TO_JUDGE and left_out + 1 > MOST_TOO_LARGE * read:
             raise InputError(
                 f"source {source}: {left_out + 1} of {read} samples are {TOO_LARGE}; raise the budget of its task or "
