@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -165,13 +166,14 @@ def test_a_shard_without_moments_that_can_be_read_is_written_again(
 
 def test_moments_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, a power cut leaves a name and no contents."""
-    synced: list[bytes] = []
+    named, synced = tmp_path / "1.moments.json", []
 
     def fsync(descriptor: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().read_bytes())
-        assert not (tmp_path / "1.moments.json").exists()
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        if path.is_file() and not named.exists():
+            synced.append(path.read_bytes())
 
-    monkeypatch.setattr(tokenize.os, "fsync", fsync)
-    tokenize._write_moments(tmp_path / "1.moments.json", Moments(1, *np.ones((3, 2))))
-    assert synced == [(tmp_path / "1.moments.json").read_bytes()] != [b""]
-    assert tokenize._read_moments(tmp_path / "1.moments.json") is not None
+    monkeypatch.setattr(os, "fsync", fsync)
+    tokenize._write_moments(named, Moments(1, *np.ones((3, 2))))
+    assert synced == [named.read_bytes()] != [b""]
+    assert tokenize._read_moments(named) is not None

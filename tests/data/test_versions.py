@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from data.samples import Raw
 from data.shards import reader
 from data.shards.manifest import MANIFEST, read_set
 from data.urls import UNREACHABLE, open_url
@@ -81,7 +82,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def right(found: list[reader.Raw]) -> bool:
+def right(found: list[Raw]) -> bool:
     """Whether all samples are of the old version, in order."""
     return [raw.files["jpg"] for raw in found] == [bytes([n]) * 9000 for n in range(len(found))]
 
