@@ -1,13 +1,14 @@
 """`python -m tokenizer.training.curriculum.curves RUN ... --out curves.png`: what stages measured while they trained.
 
 Runs stand one behind the other in the order given, each from the step at which the one before ended; dotted lines are
-where a stage begins. A panel for the training loss, one for each held-out set whose PSNR was measured, and one for the
-zero-shot accuracies, with the share of the most frequent class dashed.
+where a stage begins. A panel for the training loss, with gaps at steps that were not finite, one for each held-out set
+whose PSNR was measured, and one for the zero-shot accuracies, with the share of the most frequent class dashed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizer.atomic import atomic_path
+from tokenizer.cli.outcome import run
 from tokenizer.errors import InputError, require_package
 from tokenizer.training.curriculum.records import METRICS, lines_of
 
@@ -22,7 +24,7 @@ _WINDOW = 5
 """Records that a training curve is averaged over."""
 
 Points = list[tuple[int, float]]
-"""Step and value."""
+"""Step and value; NaN where a line has a gap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +54,24 @@ def read_stages(runs: Sequence[Path]) -> Stages:
     sets: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(list))
     starts: list[tuple[int, str]] = []
     first = 0
-    for run in runs:
-        lines = lines_of(run / METRICS)
+    for folder in runs:
+        lines = lines_of(folder / METRICS)
         if not lines:
-            raise InputError(f"{run / METRICS}: the log is empty")
-        starts.append((first, run.name))
-        trained = [(first + line["step"], float(line["loss"])) for line in lines if "loss" in line]
-        loss += _smooth(trained)
+            raise InputError(f"{folder / METRICS}: the log is empty")
+        starts.append((first, folder.name))
+        # JSON knows no NaN: the loss of a step that was skipped is null.
+        trained = [
+            (line["step"], math.nan if line["loss"] is None else line["loss"]) for line in lines if "loss" in line
+        ]
+        loss += _smooth([(first + step, float(value)) for step, value in trained])
         for line in lines:
             for key, value in line.items():
                 if key.startswith("validation/") and value is not None:
                     name, _, figure = key.removeprefix("validation/").rpartition("/")
                     sets[figure][name].append((first + line["step"], float(value)))
         first += max(int(line["step"]) for line in lines)
-    panels = [Panel("training loss", {"loss": loss}, {})] if loss else []
+    drawable = any(math.isfinite(value) for _, value in loss)
+    panels = [Panel("training loss", {"loss": loss}, {})] if drawable else []
     panels += [Panel(f"{name}, PSNR dB", {name: points}, {}) for name, points in sets["psnr"].items()]
     if sets["accuracy"]:
         frequent = {name: points[-1][1] for name, points in sets["majority"].items()}
@@ -77,14 +83,17 @@ def draw_stages(stages: Stages, out: Path) -> None:
     """Draw all panels side by side into a picture, whole or not at all.
 
     Raises:
-        InputError: matplotlib is missing, or there is nothing to draw.
+        InputError: matplotlib is missing or cannot write such a file, or there is nothing to draw.
     """
     require_package("matplotlib", "drawing curves", "train")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    if out.suffix.removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
+        raise InputError(f"{out}: no picture of this sort can be drawn; let its name end in .png")
     if not stages.panels:
         raise InputError("the runs have logged nothing that could be drawn yet")
     wide = min(3, len(stages.panels))
@@ -116,11 +125,11 @@ def draw_stages(stages: Stages, out: Path) -> None:
 
 
 def _smooth(points: Points) -> Points:
-    """Each value averaged with those just before it."""
+    """Each value averaged with those just before it that are numbers; what is none stays none."""
     smoothed = []
-    for place, (step, _) in enumerate(points):
-        values = [value for _, value in points[max(0, place + 1 - _WINDOW) : place + 1]]
-        smoothed.append((step, sum(values) / len(values)))
+    for place, (step, own) in enumerate(points):
+        values = [value for _, value in points[max(0, place + 1 - _WINDOW) : place + 1] if not math.isnan(value)]
+        smoothed.append((step, own if math.isnan(own) else sum(values) / len(values)))
     return smoothed
 
 
@@ -132,13 +141,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="the picture to write (.png)")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> None:
         draw_stages(read_stages(options.runs), options.out)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(options.out)
-    return 0
+        print(options.out)
+
+    return run(command)
 
 
 if __name__ == "__main__":
