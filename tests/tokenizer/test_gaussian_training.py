@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +28,14 @@ from tokenizer.errors import InputError
 from tokenizer.evaluation import assets as evaluation
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
 from tokenizer.gaussians.attributes import SH_DEGREE_0
-from tokenizer.gaussians.checkpoints import load_gaussian_decoder, save_gaussian_decoder
+from tokenizer.gaussians.checkpoints import SUBFOLDER, load_gaussian_decoder, save_gaussian_decoder
 from tokenizer.sparse import SparseTokens
 from tokenizer.training import gaussian_trainer
-from tokenizer.training.asset_store import decoded_voxels, read_store
+from tokenizer.training.asset_store import decoded_voxels, random_views, read_store
 from tokenizer.training.curriculum.curves import read_stages
 from tokenizer.training.gaussian_start import ABSENT, PRESENT, start_from_octants
 from tokenizer.training.gaussian_trainer import GaussianTrainConfig, GaussianTrainer
+from tokenizer.training.state import Progress, load_state
 
 CONFIG = Path("configs/tokenizer/nano-gaussians.yaml")
 SMALL = GaussianDecoderConfig(
@@ -123,6 +125,12 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def finished_by(trainer: GaussianTrainer) -> dict[str, torch.Tensor]:
+    """The weights that a run ends with."""
+    assert trainer.run() == 0
+    return trainer.decoder.state_dict()
+
+
 @pytest.fixture
 def trainer(store: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], GaussianTrainer]:
     """Makes the trainer of a run in a folder."""
@@ -137,7 +145,8 @@ def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     straight = trainer(tmp_path / "whole")
-    whole = straight.run().state_dict()
+    assert straight.run() == 0
+    whole = straight.decoder.state_dict()
     assert "left out 3.safetensors" in capsys.readouterr().err
     records = log_of(tmp_path / "whole")
     assert [record["step"] for record in records] == [0, 3, 6]
@@ -156,9 +165,9 @@ def test_training_learns_leaves_out_broken_assets_and_resumes_exactly(
     monkeypatch.setattr(stopped, "_step", step_until_killed)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    resumed = trainer(tmp_path / "parts").run().state_dict()
+    resumed = finished_by(trainer(tmp_path / "parts"))
     assert log_of(tmp_path / "parts") == records
-    finished = trainer(tmp_path / "whole").run().state_dict()  # nothing is left to do
+    finished = finished_by(trainer(tmp_path / "whole"))  # nothing is left to do
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
         assert torch.equal(finished[name], tensor), name
@@ -202,28 +211,143 @@ def test_the_skip_learns_at_the_plain_rate_and_is_not_decayed(trainer: Callable[
         assert group["weight_decay"] == (0 if plain else settings.weight_decay)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_many_end_the_run(
-    trainer: Callable[[Path], GaussianTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+Spoil = Callable[[GaussianTrainer, dict[int, float]], None]
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
+    """Multiplies the losses of a trainer's steps by factors; steps without one stay as they are."""
+
+    def spoilt(trainer: GaussianTrainer, factors: dict[int, float]) -> None:
+        whole = trainer._loss
+
+        def loss(*arguments: Any) -> tuple[torch.Tensor, dict[str, float]]:
+            value, terms = whole(*arguments)
+            factor = factors.get(trainer.progress.step, 1.0) if torch.is_grad_enabled() else 1.0
+            return value * factor, terms
+
+        monkeypatch.setattr(trainer, "_loss", loss)
+
+    return spoilt
+
+
+def test_a_step_that_is_not_finite_is_left_out_counted_and_kept(
+    trainer: Callable[[Path], GaussianTrainer],
+    tmp_path: Path,
+    spoil: Spoil,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = trainer(tmp_path)
-    whole, calls, factors = made._loss, itertools.count(), {1: math.inf, 2: math.nan, 3: 1.0}
-
-    def spoilt(*arguments: Any) -> tuple[torch.Tensor, dict[str, float]]:
-        loss, terms = whole(*arguments)
-        return loss * factors.get(next(calls), 1.0), terms
-
-    monkeypatch.setattr(made, "_loss", spoilt)
+    spoil(made, {1: math.inf, 2: math.nan, 3: 1.0})
     seen = []
     for step in range(4):
-        made._step(step)
-        seen.append((made.bad_steps, made.decoder.embed.weight.detach().clone()))
+        metrics, _ = made._step(step)
+        assert metrics["bad steps"] == made.progress.bad
+        seen.append((made.progress.bad_row, made.decoder.embed.weight.detach().clone()))
     assert [bad for bad, _ in seen] == [0, 1, 2, 0]
     assert [torch.equal(one[1], other[1]) for one, other in itertools.pairwise(seen)] == [True, True, False]
+    assert (made.progress.step, made.progress.bad) == (4, 2)
+    files = sorted((tmp_path / "bad-steps").iterdir())
+    assert [file.name for file in files] == ["step-000001.pt", "step-000002.pt"]
+    assert f"step 2: loss or gradient is not finite; skipped, what it was made on is in {files[1]}" in (
+        capsys.readouterr().err
+    )
+    # What was kept gives that step's finite loss once more.
+    kept = torch.load(files[0], weights_only=True)
+    rng = np.random.default_rng((made.config.seed, 0, 1))
+    asset = made.training[int(rng.integers(len(made.training)))]
+    assert kept["asset"] == str(asset.file)
+    assert torch.equal(kept["features"], made._voxels(asset).features)
+    pictures, cameras = random_views(rng, asset, made.config.views)
+    assert torch.equal(kept["pictures"], pictures)
+    assert torch.equal(kept["world to camera"], cameras.world_to_camera)
+
+
+def test_many_steps_that_are_not_finite_end_the_run_with_its_state(
+    trainer: Callable[[Path], GaussianTrainer], tmp_path: Path, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gaussian_trainer, "MAX_BAD_STEPS", 2)
-    factors.update({4: math.nan, 5: math.nan})
-    made._step(4)
-    with pytest.raises(InputError, match="2 steps in a row up to step 5 had a loss or gradient that is not finite"):
-        made._step(5)
+    made = trainer(tmp_path / "row")
+    spoil(made, {1: math.nan, 3: math.nan, 4: math.nan})
+    with pytest.raises(InputError, match="2 steps in a row up to step 4 had a loss or gradient that is not finite"):
+        made.run()
+    again = trainer(tmp_path / "row")
+    # States come after every second step: this one was saved for the failure.
+    assert load_state(again.folder, *again._parts()) == Progress(step=5, bad_row=2, bad=3)
+    again.progress = Progress(step=6, bad_row=1, bad=4)
+    with pytest.raises(InputError, match=r"^4 of 6 steps had a loss or gradient that is not finite; what they were"):
+        again._judge()
+
+
+def test_a_signal_saves_the_state_and_the_run_goes_on_exactly(
+    trainer: Callable[[Path], GaussianTrainer],
+    tmp_path: Path,
+    spoil: Spoil,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    factors = {0: math.nan}
+    peace = trainer(tmp_path / "peace")
+    spoil(peace, factors)
+    whole = finished_by(peace)
+
+    def run_told(part: str, when: tuple[int, ...]) -> None:
+        """Run until a signal that comes in the middle of the start, or of a step."""
+        told = trainer(tmp_path / "told")
+        spoil(told, factors)
+        original = getattr(told, part)
+
+        def signalled(*arguments: int) -> Any:
+            if arguments == when:
+                signal.raise_signal(signal.SIGTERM)
+            return original(*arguments)
+
+        monkeypatch.setattr(told, part, signalled)
+        assert told.run() == 128 + signal.SIGTERM
+
+    before = signal.getsignal(signal.SIGTERM)
+    run_told("_start", ())
+    assert "stopped after step 0; start again to go on" in capsys.readouterr().err
+    run_told("_step", (2,))
+    assert "stopped after step 3; start again to go on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = trainer(tmp_path / "told")
+    spoil(again, factors)
+    # States come after every second step: this one was saved for the signal.
+    assert load_state(again.folder, *again._parts()) == Progress(3, 0, 1)
+    resumed = finished_by(again)
+    assert log_of(tmp_path / "told") == log_of(tmp_path / "peace")
+    assert again.progress == peace.progress == Progress(6, 0, 1)
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_the_command_ends_as_the_run_does(
+    store: Path, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(store, tmp_path / "run", tiny_models / "atoken-nano", steps=2)
+    monkeypatch.setattr(gaussian_trainer, "load_config", lambda *_: settings)
+    original = GaussianTrainer._step
+
+    def signalled(self: GaussianTrainer, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, step)
+
+    arguments = ["--config", str(CONFIG), "--device", "cpu"]
+    with monkeypatch.context() as patched:
+        patched.setattr(GaussianTrainer, "_step", signalled)
+        assert gaussian_trainer.main(arguments) == 143
+    written = tmp_path / "run" / SUBFOLDER
+    assert not written.exists()
+    assert gaussian_trainer.main(arguments) == 0
+    assert load_gaussian_decoder(written).config == SMALL
+    capsys.readouterr()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, message in (("gpu", "error: unknown device 'gpu'; use "), ("cuda", "error: there is no CUDA device")):
+        assert gaussian_trainer.main(["--config", str(CONFIG), "--device", device]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(message)
+        assert said.count("\n") == 1
 
 
 def test_what_cannot_be_trained_is_one_line(store: Path, tiny_models: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from tests.tokenizer.test_checkpoints import contents, full_disk, refused
 from tokenizer.training.curriculum.optimization import Average
 from tokenizer.training.curriculum.records import forget_log_after
-from tokenizer.training.state import load_state, save_state
+from tokenizer.training.state import Progress, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"seed": 0, "steps": 5, "save_every": 2, "optimizer": {"lr": 1e-3}}
@@ -38,9 +38,10 @@ class Run:
             self.average.update(step)
 
     def save(self, folder: Path, step: int) -> None:
-        save_state(folder, step, self.network, self.average, self.optimizers, self.generator, SETTINGS)
+        progress = Progress(step, bad_row=1, bad=2)
+        save_state(folder, progress, self.network, self.average, self.optimizers, self.generator, SETTINGS)
 
-    def load(self, folder: Path, **changes: Any) -> int:
+    def load(self, folder: Path, **changes: Any) -> Progress:
         settings = {**SETTINGS, **changes}
         return load_state(folder, self.network, self.average, self.optimizers, self.generator, settings)
 
@@ -52,16 +53,26 @@ class Run:
 
 def test_a_state_gives_back_every_number(tmp_path: Path) -> None:
     run, other = Run(), Run(seed=1)
-    assert other.load(tmp_path) == 0
+    assert other.load(tmp_path) == Progress()
     run.train(3)
     run.save(tmp_path, 3)
-    assert other.load(tmp_path) == 3
+    assert other.load(tmp_path) == Progress(3, 1, 2)
     assert all(torch.equal(a, b) for a, b in zip(run.numbers(), other.numbers(), strict=True))
     for each in (run, other):
         each.train(2)
     assert all(torch.equal(a, b) for a, b in zip(run.numbers(), other.numbers(), strict=True))
     # Averages are the run's own: those of the file were copied.
     assert other.average.values.keys() == dict(other.network.named_parameters()).keys()
+
+
+def test_a_state_of_before_has_counted_no_bad_steps(tmp_path: Path) -> None:
+    run = Run()
+    run.train(1)
+    run.save(tmp_path, 1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["bad"]
+    torch.save(state, tmp_path / "state.pt")
+    assert run.load(tmp_path) == Progress(1, 0, 0)
 
 
 KILLED = """
@@ -89,7 +100,7 @@ run.save(folder, 2)
 def test_a_kill_in_the_middle_of_a_state_keeps_the_one_before(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(tmp_path)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert Run().load(tmp_path) == 1
+    assert Run().load(tmp_path).step == 1
 
 
 def test_a_full_disk_keeps_the_state_before(tmp_path: Path) -> None:
@@ -108,7 +119,7 @@ def test_other_settings_are_another_run(tmp_path: Path) -> None:
     for changes, key in (({"seed": 1}, "seed"), ({"optimizer": {"lr": 2e-3}}, "optimizer")):
         text = refused(lambda: run.load(tmp_path, **changes))  # noqa: B023
         assert text.startswith(f"{tmp_path / 'state.pt'} belongs to a run with other settings ({key}); ")
-    assert run.load(tmp_path, steps=9, save_every=1) == 2
+    assert run.load(tmp_path, steps=9, save_every=1).step == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from tokenizer.api import AToken
 from tokenizer.assets.packing import octants
+from tokenizer.atomic import atomic_path
 from tokenizer.cameras import Cameras
 from tokenizer.checkpoints import find_model
+from tokenizer.cli.outcome import run
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
@@ -33,12 +36,16 @@ from tokenizer.gaussians.checkpoints import SUBFOLDER, load_gaussian_decoder, sa
 from tokenizer.gaussians.rasterize import rasterize
 from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.sparse import SparseTokens
+from tokenizer.tensorio import write_pt
 from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
 from tokenizer.training.curriculum.config import OptimizerSettings
+from tokenizer.training.curriculum.interruption import Interruption, exit_status
+from tokenizer.training.curriculum.launch import choose_device
+from tokenizer.training.curriculum.loop import BAD_STEPS
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
 from tokenizer.training.curriculum.records import Records
 from tokenizer.training.gaussian_start import start_from_octants
-from tokenizer.training.state import load_state, save_state
+from tokenizer.training.state import Progress, load_state, save_state
 
 _PSNR = "validation/assets/psnr"
 
@@ -124,43 +131,71 @@ class GaussianTrainer:
         self.optimizers = make_optimizers(nn.ModuleDict({"gaussians": self.decoder}), config.optimizer)
         self.average = self._averaged()
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.bad_steps = 0
+        self.records = Records(self.folder, config.name, config.steps, active=True)
+        self.progress = Progress()
+        self._saved = -1
 
-    def run(self) -> GaussianDecoder:
-        """Train to the end and return the decoder with averaged weights.
+    def run(self) -> int:
+        """Train `decoder` to the end, when it has the averaged weights, or until a signal asks to stop.
+
+        Returns:
+            0, or the exit status of `tokenizer.training.curriculum.interruption`.
 
         Raises:
-            InputError: too many steps in a row with a loss or gradient that is not finite.
+            InputError: a state of other settings, or too many steps in a row, or most of all, with a loss or gradient
+                that is not finite; what was done is on disk.
         """
-        step = load_state(self.folder, self.decoder, self.average, self.optimizers, self.generator, self.settings)
-        with Records(self.folder, self.config.name, self.config.steps, active=True) as records:
-            records.start(step)
-            if step == 0:
+        with Interruption() as interruption, self.records as records:
+            progress = self.progress = load_state(self.folder, *self._parts())
+            self._saved = progress.step
+            records.start(progress.step)
+            if progress.step == 0:
                 self._start()
                 records.metrics(0, {_PSNR: self._validate()})
-            while step < self.config.steps:
-                metrics, speed = self._step(step)
-                step += 1
-                if step % self.config.validate_every == 0 or step == self.config.steps:
-                    metrics[_PSNR] = self._validate()
-                    records.say(f"step {step}: loss {metrics['loss']:.4f}  validation PSNR {metrics[_PSNR]:.3f} dB")
-                if step % _LOG_EVERY == 0 or _PSNR in metrics:
-                    records.metrics(step, metrics)
-                    records.speed(step, speed)
-                records.advance(step, f"loss {metrics['loss']:.4f}")
-                if step % self.config.save_every == 0 or step == self.config.steps:
-                    records.flush()
-                    save_state(
-                        self.folder,
-                        step,
-                        self.decoder,
-                        self.average,
-                        self.optimizers,
-                        self.generator,
-                        self.settings,
-                    )
+            while progress.step < self.config.steps and not interruption.signal:
+                self._log(*self._step(progress.step))
+                if progress.step % self.config.save_every == 0 or progress.step == self.config.steps:
+                    self._save()
+            if progress.step < self.config.steps:
+                self._save()
+                records.say(f"stopped after step {progress.step}; start again to go on")
+                return exit_status(interruption.signal)
+            self._judge()
         self.average.swap()
-        return self.decoder
+        return 0
+
+    def _judge(self) -> None:
+        """Of a run whose steps were mostly skipped nothing has been learned."""
+        progress = self.progress
+        found = f"{progress.bad} of {progress.step} steps had a loss or gradient that is not finite"
+        if 2 * progress.bad > progress.step:
+            raise InputError(f"{found}; what they were made on is in {self.folder / BAD_STEPS}, no decoder is written")
+        if progress.bad:
+            self.records.say(f"{found} and were skipped")
+
+    def _parts(
+        self,
+    ) -> tuple[nn.Module, Average, list[torch.optim.Optimizer], torch.Generator, dict[str, Any]]:
+        """What a state is of, in its order."""
+        return self.decoder, self.average, self.optimizers, self.generator, self.settings
+
+    def _save(self) -> None:
+        if self._saved == self.progress.step:
+            return
+        self.records.flush()
+        save_state(self.folder, self.progress, *self._parts())
+        self._saved = self.progress.step
+
+    def _log(self, metrics: dict[str, float], speed: dict[str, float]) -> None:
+        """Write down a step, and measure where it is time to."""
+        step, records = self.progress.step, self.records
+        if step % self.config.validate_every == 0 or step == self.config.steps:
+            metrics[_PSNR] = self._validate()
+            records.say(f"step {step}: loss {metrics['loss']:.4f}  validation PSNR {metrics[_PSNR]:.3f} dB")
+        if step % _LOG_EVERY == 0 or _PSNR in metrics:
+            records.metrics(step, metrics)
+            records.speed(step, speed)
+        records.advance(step, f"loss {metrics['loss']:.4f}")
 
     def _averaged(self) -> Average:
         settings = self.config.optimizer
@@ -180,7 +215,11 @@ class GaussianTrainer:
         self.average = self._averaged()
 
     def _step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        """What a step did, and how long it took."""
+        """What a step did, and how long it took.
+
+        Raises:
+            InputError: it was the last of too many that were not finite.
+        """
         started = time.perf_counter()
         rng = np.random.default_rng((self.config.seed, 0, step))
         asset = self.training[int(rng.integers(len(self.training)))]
@@ -192,27 +231,50 @@ class GaussianTrainer:
         loss, terms = self._loss(voxels, pictures, cameras)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.optimizer.max_grad_norm)
-        if math.isfinite(float(loss.detach())) and math.isfinite(float(norm)):
+        done = math.isfinite(float(loss.detach())) and math.isfinite(float(norm))
+        if done:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.average.update(step)
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
-            if self.bad_steps >= MAX_BAD_STEPS:
-                raise InputError(
-                    f"{MAX_BAD_STEPS} steps in a row up to step {step} had a loss or gradient that is not finite; "
-                    f"lower optimizer.lr or look at the data (the last asset was {asset.file})"
-                )
+            self.progress.bad_row = 0
         self.decoder.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        if not done:
+            self._bad_step(step, asset, voxels, pictures, cameras)
         metrics = {
             "loss": float(loss.detach()),
             **terms,
             "grad norm": float(norm),
             "rate": rate,
             "voxels": voxels.num_tokens,
+            "bad steps": self.progress.bad,
         }
         return metrics, {"seconds": time.perf_counter() - started, "data seconds": waited}
+
+    def _bad_step(
+        self, step: int, asset: StoredAsset, voxels: SparseTokens, pictures: Tensor, cameras: Cameras
+    ) -> None:
+        """Count a step that was not finite, keep what it was made on, and stop after too many in a row."""
+        progress = self.progress
+        progress.bad, progress.bad_row = progress.bad + 1, progress.bad_row + 1
+        path = self.folder / BAD_STEPS / f"step-{step:06d}.pt"
+        kept = {
+            "asset": str(asset.file),
+            "features": voxels.features.cpu(),
+            "positions": voxels.host_positions,
+            "pictures": pictures.cpu(),
+            "world to camera": cameras.world_to_camera,
+            "intrinsics": cameras.intrinsics,
+        }
+        with atomic_path(path) as temporary:
+            write_pt(kept, temporary)
+        self.records.say(f"step {step}: loss or gradient is not finite; skipped, what it was made on is in {path}")
+        if progress.bad_row >= MAX_BAD_STEPS:
+            self._save()
+            raise InputError(
+                f"{progress.bad_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
+                f"optimizer.lr or look at what they were made on in {path.parent}"
+            )
 
     def _loss(self, voxels: SparseTokens, pictures: Tensor, cameras: Cameras) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -284,21 +346,19 @@ def main(arguments: list[str]) -> int:
     """Command line of this module; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tokenizer.training.gaussian_trainer", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a YAML file, see configs/tokenizer/")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cpu or cuda; auto takes CUDA where there is one")
     parser.add_argument("overrides", nargs="*", help="settings to change, as key=value")
     options = parser.parse_args(arguments)
-    try:
+
+    def command() -> int:
         config = load_config(GaussianTrainConfig, options.config, options.overrides)
-        trainer = GaussianTrainer(config, torch.device(options.device))
-        decoder = trainer.run()
-        save_gaussian_decoder(decoder, Path(config.out) / SUBFOLDER, torch.bfloat16)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+        trainer = GaussianTrainer(config, choose_device(options.device))
+        if status := trainer.run():
+            return status
+        save_gaussian_decoder(trainer.decoder, Path(config.out) / SUBFOLDER, torch.bfloat16)
+        return 0
+
+    return run(command)
 
 
 if __name__ == "__main__":

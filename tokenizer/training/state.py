@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,31 @@ from tokenizer.training.curriculum.optimization import Average
 STATE_FILE = "state.pt"
 
 
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    step: steps done. bad_row, bad: steps that were not finite, in a row up to now and in all.
+    """
+
+    step: int = 0
+    bad_row: int = 0
+    bad: int = 0
+
+
 def save_state(
     folder: Path,
-    step: int,
+    progress: Progress,
     network: nn.Module,
     average: Average,
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     settings: dict[str, Any],
 ) -> None:
-    """Write everything a run needs to go on after `step` steps, replacing the state before it."""
+    """Write everything a run needs to go on from where it stands, replacing the state before it."""
     state = {
-        "step": step,
+        "step": progress.step,
+        "bad": {"row": progress.bad_row, "all": progress.bad},
         "network": network.state_dict(),
         "average": average.values,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -45,11 +59,11 @@ def load_state(
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
     settings: dict[str, Any],
-) -> int:
+) -> Progress:
     """Continue from `folder` if it holds a state.
 
     Returns:
-        The number of steps done, 0 without a state.
+        Where it stands, at step 0 without a state.
 
     Raises:
         InputError: the state cannot be read, or belongs to a run with other settings (the number of steps, intervals
@@ -57,7 +71,7 @@ def load_state(
     """
     path = folder / STATE_FILE
     if not path.is_file():
-        return 0
+        return Progress()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no common error type for damaged files
@@ -74,7 +88,8 @@ def load_state(
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     generator.set_state(state["generator"])
-    return int(state["step"])
+    bad = state.get("bad", {"row": 0, "all": 0})  # states of earlier versions do not count them
+    return Progress(int(state["step"]), int(bad["row"]), int(bad["all"]))
 
 
 _MAY_CHANGE = {"steps", "validate_every", "save_every", "out", "data"}
