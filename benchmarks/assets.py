@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe, seconds
+from benchmarks.machine import check_options, describe, find_device, seconds
 from benchmarks.rasterize import measure_rasterizer
 from benchmarks.rasterize import table as rasterizer_table
 from tokenizer.api import AToken
@@ -32,6 +32,7 @@ from tokenizer.assets.pipeline import VIEW_SAMPLES, VIEW_SIZE, VIEWS
 from tokenizer.assets.raycast import Scene, render_views
 from tokenizer.atomic import atomic_path
 from tokenizer.cameras import sphere_cameras
+from tokenizer.cli.outcome import run
 from tokenizer.errors import InputError
 from tokenizer.voxels import voxels_to_tokens
 
@@ -115,15 +116,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the rasteriser")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     options = parser.parse_args(arguments)
+    return run(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    check_options(options, "threads", "repeats")
+    device = find_device(options.device)
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    try:
-        model = AToken.from_pretrained(options.model, dtype=torch.float32)
-        with tempfile.TemporaryDirectory() as folder:
-            asset = measure_asset(options.asset or chair(Path(folder)), model, options.repeats)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = AToken.from_pretrained(options.model, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        asset = measure_asset(options.asset or chair(Path(folder)), model, options.repeats)
     rasterizer = measure_rasterizer(device, options.repeats)
     results = {"machine": describe(device), "asset": asset, "rasterizer": rasterizer}
     table = Table("stage", "seconds", title=f"{asset['asset']}: {asset['faces']} faces, {asset['tokens']} tokens")
@@ -134,7 +136,6 @@ def main(arguments: list[str]) -> int:
     if options.out is not None:
         with atomic_path(options.out) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

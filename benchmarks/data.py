@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe, seconds_in_turns
+from benchmarks.machine import check_options, describe, seconds_in_turns
 from data.decode.assets import encode_asset_files
 from data.decode.decoder import Decoder, DecodeSettings
 from data.loader import Feed, Loader
@@ -39,6 +39,7 @@ from tokenizer.assets.packing import pack
 from tokenizer.assets.raycast import render_views
 from tokenizer.atomic import atomic_path
 from tokenizer.cameras import sphere_cameras
+from tokenizer.cli.outcome import run
 from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
 from tokenizer.media import VideoReader, load_image
 
@@ -206,10 +207,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")
     options = parser.parse_args(arguments)
+    return run(lambda: _run(options, " ".join(["python -m benchmarks.data", *arguments])))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    check_options(options, "count", "repeats")
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # figures are of one core, whatever libraries start
-    report: dict[str, Any] = {"command": " ".join(["python -m benchmarks.data", *arguments])}
+    report: dict[str, Any] = {"command": command}
     report |= describe(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         report["records"] = [measure(case, options.repeats) for case in cases(Path(folder), options.count)]
@@ -218,7 +224,6 @@ def main(arguments: list[str]) -> int:
         with atomic_path(options.out) as path:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {options.out}")
-    return 0
 
 
 def _table(report: dict[str, Any]) -> Table:

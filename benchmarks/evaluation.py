@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe, seconds_in_turns
+from benchmarks.machine import check_options, describe, find_device, seconds_in_turns
 from tokenizer.api import AToken
 from tokenizer.atomic import atomic_path
+from tokenizer.cli.outcome import run
 from tokenizer.errors import InputError
 from tokenizer.evaluation.command.baselines import CODERS, best_within
 from tokenizer.evaluation.command.samples import Frames
@@ -101,7 +102,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    return run(lambda: _run(options, " ".join(["python -m benchmarks.evaluation", *arguments])))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    check_options(options, "pictures", "repeats")
+    device = find_device(options.device)
     dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     count = options.pictures or (8 if device.type == "cuda" else 1)
     with torch.device(device):
@@ -113,7 +119,7 @@ def main(arguments: list[str]) -> int:
     each = dict(zip(timed, (time / count for time in taken), strict=True))
     metrics = sum(time for name, time in each.items() if name != MODEL and not name.startswith("baseline"))
     report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.evaluation", *arguments]),
+        "command": command,
         **describe(device),
         "config": options.config,
         "dtype": str(dtype).removeprefix("torch."),
@@ -126,7 +132,6 @@ def main(arguments: list[str]) -> int:
         with atomic_path(options.out) as path:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         Console().print(f"wrote {options.out}")
-    return 0
 
 
 def _table(report: dict[str, Any]) -> Table:

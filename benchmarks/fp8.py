@@ -29,8 +29,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import tokenizer
-from benchmarks.machine import describe, seconds_in_turns
+from benchmarks.machine import check_options, describe, find_device, seconds_in_turns
 from tokenizer.atomic import atomic_path
+from tokenizer.cli.outcome import run
 from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
 from tokenizer.fp8 import FP8Config, convert
@@ -255,21 +256,24 @@ def _step(network: ATokenNetwork, tokens: SparseTokens) -> None:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    device, console = torch.device(options.device), Console()
-    report: Record = {"command": " ".join(["python -m benchmarks.fp8", *arguments]), **describe(device)}
-    try:
-        if device.type == "cpu":
-            console.print("no CUDA here: FP8 is emulated, which says how exact it is and nothing of its speed")
-            if options.train:  # whose sizes may change after a measurement
-                report["trained"] = config_to_dict(CONFIGS["nano"])
-            report["accuracy"] = accuracy_records(
-                options.train, options.crops, options.side, seeds=options.seeds, powers=options.power_of_two_scales
-            )
-        else:
-            _measure_speed(report, options, device)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(lambda: _run(options, " ".join(["python -m benchmarks.fp8", *arguments])))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    check_options(options, "tokens", "pictures", "repeats", "seeds", "crops", "side")
+    if options.train < 0:
+        raise InputError(f"--train must not be negative, got {options.train}")
+    device, console = find_device(options.device), Console()
+    report: Record = {"command": command, **describe(device)}
+    if device.type == "cpu":
+        console.print("no CUDA here: FP8 is emulated, which says how exact it is and nothing of its speed")
+        if options.train:  # whose sizes may change after a measurement
+            report["trained"] = config_to_dict(CONFIGS["nano"])
+        report["accuracy"] = accuracy_records(
+            options.train, options.crops, options.side, seeds=options.seeds, powers=options.power_of_two_scales
+        )
+    else:
+        _measure_speed(report, options, device)
     for part in ("accuracy", "layers", "steps"):
         if part in report:
             console.print(_table(f"{part}, {report['device']}, torch {report['torch']}", report[part]))
@@ -277,7 +281,6 @@ def main(arguments: list[str]) -> int:
         with atomic_path(options.out) as path:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"wrote {options.out}")
-    return 0
 
 
 def _measure_speed(report: Record, options: argparse.Namespace, device: torch.device) -> None:
@@ -301,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", choices=("auto", "transformer_engine", "torchao"))
     parser.add_argument("--power-of-two-scales", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true", help="compile both sides; torchao is slow without")
-    parser.add_argument("--tokens", nargs="*", type=int, default=[4096, 16384, 16379], help="of single layers")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 16379], help="of single layers")
     parser.add_argument("--pictures", type=int, default=64, help="256 x 256 pictures of a training step")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="on a CPU: train nano for so many steps")

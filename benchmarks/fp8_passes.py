@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.machine import check_options, describe, find_device
 from tokenizer.atomic import atomic_path
-from tokenizer.errors import InputError
+from tokenizer.cli.outcome import run
 from tokenizer.fp8 import FP8Config
 from tokenizer.fp8.choose import choose_backend
 from tokenizer.fp8.fused.scales import Scales
@@ -176,15 +176,16 @@ def fastest(records: list[Record]) -> list[Record]:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    device, console = torch.device(options.device), Console()
-    try:
-        choose_backend(_DELAYED, device)
-        report: Record = {"command": " ".join(["python -m benchmarks.fp8_passes", *arguments]), **describe(device)}
-        report |= {"model": options.model, "tokens": options.tokens, "passes": []}
-        report["passes"] += measure(options.model, options.tokens, device, options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(lambda: _run(options, " ".join(["python -m benchmarks.fp8_passes", *arguments])))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    check_options(options, "tokens", "repeats")
+    device, console = find_device(options.device), Console()
+    choose_backend(_DELAYED, device)
+    report: Record = {"command": command, **describe(device)}
+    report |= {"model": options.model, "tokens": options.tokens, "passes": []}
+    report["passes"] += measure(options.model, options.tokens, device, options)
     shown = fastest(report["passes"]) if options.tiles else report["passes"]
     console.print(_table(f"{options.model}, {options.tokens} tokens, {report['device']}", shown))
     if not options.tiles:
@@ -195,7 +196,6 @@ def main(arguments: list[str]) -> int:
         with atomic_path(options.out) as path:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"wrote {options.out}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,14 +1,63 @@
-"""What a measurement was made on, and the matrix-product rate it is compared with."""
+"""What a measurement was made on, the matrix-product rate it is compared with, and what is refused before it."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tokenizer.atomic import temporary_beside
+from tokenizer.cli.models import choose_device
+from tokenizer.errors import InputError
+
+
+def find_device(name: str) -> torch.device:
+    """The CPU or GPU of that name.
+
+    Raises:
+        InputError: unknown, absent, or of another sort.
+    """
+    device = choose_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: only cpu and cuda can be measured")
+    return device
+
+
+def check_options(options: argparse.Namespace, *counts: str) -> None:
+    """Refuse before minutes of measuring what makes no sense, or would only fail after them.
+
+    Args:
+        options: of a benchmark; where there is `out`, a file is written there.
+        counts: names of options that are numbers from 1 up, lists of them, or None for a default.
+
+    Raises:
+        InputError: a number below 1, or a file that cannot be written.
+    """
+    for name in counts:
+        given = getattr(options, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
+    if getattr(options, "out", None) is not None:
+        _check_out(options.out)
+
+
+def _check_out(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file")
+    probe = temporary_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from None
 
 
 def describe(device: torch.device) -> dict[str, Any]:

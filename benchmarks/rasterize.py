@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import describe, seconds
+from benchmarks.machine import check_options, describe, find_device, seconds
 from tokenizer.cameras import sphere_cameras
+from tokenizer.cli.outcome import run
 from tokenizer.gaussians.rasterize import Engine, Rendering, choose_engine, rasterize_tensors
 
 SceneName = Literal["small", "random"]
@@ -163,14 +164,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
-    if options.threads:
+    return run(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    check_options(options, "gaussians", "size", "threads", "repeats")
+    device = find_device(options.device)
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
     machine = describe(device)
     records = measure_rasterizer(device, options.repeats, options.gaussians, options.size)
     title = f"rasterising on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
     Console().print(table(records, title))
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.machine import describe, matrix_products, seconds_in_turns
+from benchmarks.machine import check_options, describe, find_device, matrix_products, seconds_in_turns
 from tokenizer.atomic import atomic_path
+from tokenizer.cli.outcome import run
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.attention import attention_backend
 from tokenizer.model.config import CONFIGS, TransformerConfig
@@ -128,15 +129,20 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tokenizer", description=__doc__)
     parser.add_argument("--config", default="so400m-c", choices=sorted(CONFIGS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="*", default=["fp32", "bf16"], choices=sorted(DTYPES))
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
     parser.add_argument("--batches", nargs="*", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compile the blocks, without graph breaks")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file too")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    return run(lambda: _run(options, " ".join(["python -m benchmarks.tokenizer", *arguments])))
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
+    check_options(options, "batches", "repeats")
+    device = find_device(options.device)
     batches = options.batches or ([1, 4] if device.type == "cpu" else [1, 4, 64])
-    report: dict[str, Any] = {"command": " ".join(["python -m benchmarks.tokenizer", *arguments]), **describe(device)}
+    report: dict[str, Any] = {"command": command, **describe(device)}
     report |= {"config": options.config, "compiled": options.compile, "records": []}
     console = Console()
     for name in options.dtype:
@@ -156,7 +162,6 @@ def main(arguments: list[str]) -> int:
         with atomic_path(options.out) as path:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"wrote {options.out}")
-    return 0
 
 
 def _table(report: dict[str, Any]) -> Table:

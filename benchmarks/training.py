@@ -33,10 +33,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.machine import check_options, describe, find_device
 from benchmarks.training_parts.measure import GOAL, forget_models, groups_of, has_bfloat16, measure, measure_apart
 from benchmarks.training_parts.subjects import EngineName, Precision, Setting, Specs, megatron_process
 from tokenizer.atomic import atomic_path
+from tokenizer.cli.outcome import run
 from tokenizer.errors import InputError
 from tokenizer.fp8 import FP8Config
 from tokenizer.fp8.choose import choose_backend
@@ -55,17 +56,12 @@ Record = dict[str, Any]
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    device, console = torch.device(options.device), Console()
-    report: Record = {"command": " ".join(["python -m benchmarks.training", *arguments]), **describe(device)}
-    try:
-        _run(report, options, device, console)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(lambda: _run(options, " ".join(["python -m benchmarks.training", *arguments])))
 
 
-def _run(report: Record, options: argparse.Namespace, device: torch.device, console: Console) -> None:
+def _run(options: argparse.Namespace, command: str) -> None:
+    device, console = find_device(options.device), Console()
+    report: Record = {"command": command, **describe(device)}
     precision: Precision = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
     _check(options, precision, device)
     engines, specs = _engines(options.engines, device, console)
@@ -106,8 +102,7 @@ def _check(options: argparse.Namespace, precision: Precision, device: torch.devi
         raise InputError(
             "--fp8 is compared with bf16 on CUDA; on a CPU it is emulated, which says nothing of its speed"
         )
-    if min(options.steps, options.micro_batches) < 1 or (options.tokens or 1) < 1 or (options.depth or 1) < 1:
-        raise InputError("--steps, --micro-batches, --tokens and --depth must be at least 1")
+    check_options(options, "steps", "micro_batches", "tokens", "depth")
     if precision == "bf16" and not has_bfloat16(device):
         raise InputError(f"{device} has no instructions for bfloat16, it takes many times as long; use --dtype fp32")
 
