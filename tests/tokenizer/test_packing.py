@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.tokenizer.test_asset_views import square, stacked
 from tokenizer.assets.mesh import Material, Mesh
@@ -14,7 +20,7 @@ from tokenizer.assets.packing import octants, pack
 from tokenizer.assets.raycast import render_views
 from tokenizer.assets.rules import PACKING_RULES
 from tokenizer.assets.views import Views
-from tokenizer.cameras import sphere_cameras, transforms_from_cameras
+from tokenizer.cameras import Cameras, cameras_from_transforms, sphere_cameras, transforms_from_cameras
 from tokenizer.errors import InputError
 from tokenizer.voxels import pack_views, voxels_to_tokens
 
@@ -26,13 +32,27 @@ def seen(mesh: Mesh, count: int = 6) -> Views:
 
 
 def test_the_released_rule_is_the_released_one() -> None:
+    """Whose files hold depths and patches with 16 bits."""
     views = seen(square(0.1, 0.76, RED))
     mine = pack(views, "released", 16)
     features, coordinates = pack_views(
-        list(views.colours), views.depth, {"frames": transforms_from_cameras(views.cameras)}, 16
+        list(views.colours), views.depth.half(), {"frames": transforms_from_cameras(views.cameras)}, 16
     )
     assert torch.equal(mine.coordinates, coordinates)
-    assert torch.equal(mine.features, features)
+    assert torch.equal(mine.features, features.half().float())
+
+
+@pytest.mark.parametrize("shift", [-1e-4, 0.0, 1e-4])
+def test_the_released_rule_gives_what_was_recorded(golden: Path, shift: float) -> None:
+    """From views in float32, too, as they come from a renderer: 1e-4 is less than 16 bits of depth tell apart."""
+    recorded = load_file(golden / "multiview.safetensors")
+    resolution = json.loads((golden / "README.json").read_text())["shapes"]["mv"]["res"]
+    depth = recorded["in.depth_f16"].float()
+    cameras = cameras_from_transforms(json.loads(bytes(recorded["in.transforms_json_u8"].tolist())))
+    depth = torch.where(depth >= 0, depth * (1 + shift), depth)
+    voxels = pack(Views(recorded["in.images_rgba_u8"].numpy(), depth, cameras), "released", resolution)
+    assert torch.equal(voxels.coordinates, recorded["coords"])
+    assert torch.equal(voxels.features, (recorded["feats_u8"].float() / 255).half().float())
 
 
 @pytest.mark.parametrize("rule", PACKING_RULES)
@@ -73,6 +93,36 @@ def test_the_side_that_faces_the_cameras_is_the_normal() -> None:
         voxels = pack(render_views(mesh, everywhere[half], 96, light="none", samples=1), "surface", 8)
         normal = voxels.features.unflatten(1, (16, 16, 3))[:, 15, 9]  # lowest row, third cell
         assert float((normal.mean() - sign).abs()) < 0.1
+
+
+def cells_of(voxels: Tensor) -> Tensor:
+    """[N, 768] of the rule "surface" -> the greys [N, 8] of its lower cells, read back from the smooth patches."""
+    spread = F.interpolate(torch.eye(4)[None], scale_factor=4, mode="linear", align_corners=False)[0].T  # [16, 4]
+    back = torch.linalg.pinv(spread)
+    cells: Tensor = back @ voxels.unflatten(1, (16, 16, 3))[..., 0] @ back.T
+    return cells[:, 2:].flatten(1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_lower_greys_of_a_known_face(sign: float) -> None:
+    """A tilted square seen from one side only: where it lies, how thick it is, and the normal to the cameras."""
+    normal = torch.tensor([0.6, 0.0, 0.8])
+    across, along = np.array([0.8, 0.0, -0.6]) / 2, np.array([0.0, 1.0, 0.0]) / 2
+    corners = np.array([-across - along, across - along, across + along, along - across])
+    mesh = Mesh(corners, np.array([[0, 1, 2], [0, 2, 3]]), np.zeros(2, dtype=np.int64), (RED,))
+    cameras = sphere_cameras(24, 0.75)
+    chosen = torch.nonzero(sign * (cameras.centres.float() @ normal) > 0.5)[:, 0]
+    cameras = Cameras(cameras.world_to_camera[chosen], cameras.intrinsics[chosen])
+    views = render_views(mesh, cameras, 128, light="none", samples=1)
+    voxels = pack(views, "surface", 4)
+    # Voxels that the square crosses in full have greys that say all about it.
+    greys = cells_of(voxels.features)
+    middle = (voxels.coordinates[:, 1] >= 1) & (voxels.coordinates[:, 1] <= 2)
+    centre, thickness, facing = greys[middle, :3], greys[middle, 3], greys[middle, 4:7]
+    world = (voxels.coordinates[middle] + centre) / 4 - 0.5
+    torch.testing.assert_close(world @ normal, torch.zeros(len(world)), atol=2e-3, rtol=0)
+    torch.testing.assert_close(thickness, torch.zeros(len(world)), atol=1e-2, rtol=0)
+    torch.testing.assert_close(facing, ((sign * normal + 1) / 2).expand(len(world), 3), atol=1e-2, rtol=0)
 
 
 def test_octants_keep_colours_apart() -> None:

@@ -3,7 +3,7 @@
 All rules fill the same tokens, and differ in what the patch of a voxel shows:
 
 - "released": the cell of the nearest view's 16 x 16 grid of patches in which the voxel's centre falls, seen or not.
-  What the released weights were trained on.
+  What the released weights were trained on, down to the 16 bits in which depths and patches were stored.
 - "visible": the same, of the nearest view that sees a surface inside the voxel.
 - "average": the mean of those cells over all views that see the voxel (the paper's text).
 - "surface": a picture of the surface inside the voxel, put together from the pixels of all views that fall into it. Its
@@ -64,16 +64,22 @@ def pack(
     if rule not in PACKING_RULES:
         raise InputError(f"unknown packing rule '{rule}'; known: {', '.join(PACKING_RULES)}")
     if rule == "released":
-        coordinates = occupied_voxels(surface_points(views.depth, views.cameras, generator), resolution)
-        _refuse_nothing(coordinates)
-        maps = torch.stack([view_patches(picture) for picture in views.colours])
-        return Voxels(nearest_view_features(coordinates, views.cameras, maps, resolution).float() / 255, coordinates)
+        return _pack_as_released(views, resolution, generator)
     pixels = _surface_pixels(views, resolution)
     _refuse_nothing(pixels.coordinates)
     if rule == "surface":
         return Voxels(_surface_patches(pixels, resolution), pixels.coordinates)
     maps = torch.stack([view_patches(picture) for picture in views.colours]).float() / 255
     return Voxels(_view_cells(pixels, views.cameras, maps, resolution, average=rule == "average"), pixels.coordinates)
+
+
+def _pack_as_released(views: Views, resolution: int, generator: torch.Generator | None) -> Voxels:
+    depth = views.depth.half().float()  # near the cube up to 1/16 of a voxel of 64: some others are filled
+    coordinates = occupied_voxels(surface_points(depth, views.cameras, generator), resolution)
+    _refuse_nothing(coordinates)
+    maps = torch.stack([view_patches(picture) for picture in views.colours])
+    features = nearest_view_features(coordinates, views.cameras, maps, resolution).float() / 255
+    return Voxels(features.half().float(), coordinates)
 
 
 def octants(views: Views, resolution: int = RESOLUTION) -> tuple[Voxels, Tensor, Tensor, Tensor]:
