@@ -198,6 +198,8 @@ def test_folders_hold_assets_too(atoken: Atoken, box: Path, tmp_path: Path) -> N
         (folder / "mesh" / name).write_text((box.parent / name).read_text())
     from PIL import Image
 
+    with (folder / "mesh" / "box.mtl").open("a") as file:
+        file.write("map_Kd texture.png\n")
     Image.new("RGB", (20, 20)).save(folder / "mesh" / "texture.png")
     Image.new("RGB", (20, 20)).save(folder / "photo.png")
     outcome = atoken("encode", folder, "--out", "tokens", "--json")

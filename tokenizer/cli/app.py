@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import json
 import shutil
@@ -61,7 +62,7 @@ def demo(
     """Reconstruct a bundled photograph, a bundled clip and a bundled 3D model.
 
     The folder gets the originals and, side by side with them, their reconstructions; of the 3D model also its
-    Gaussians, which `atoken view` shows.
+    Gaussians, which `atoken view` shows. Existing results are replaced; another file by the name of an original is not.
 
     \b
     Example:
@@ -69,11 +70,13 @@ def demo(
     """
     from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
 
+    originals = {out / original.name: original for original in (PHOTOGRAPH, CLIP, ASSET)}
+    for copy, original in originals.items():
+        if copy.exists() and not (copy.is_file() and filecmp.cmp(copy, original, shallow=False)):
+            raise InputError(f"{copy}: exists and is not the demo's own; choose another folder with --out")
     codec = _codec(model, device, dtype, discrete=discrete)
-    out.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for original, ending in ((PHOTOGRAPH, ".png"), (CLIP, ".mp4"), (ASSET, ".ply")):
-        source = out / original.name
+    for (source, original), ending in zip(originals.items(), (".png", ".mp4", ".ply"), strict=True):
         with atomic_path(source) as temporary:
             shutil.copy(original, temporary)
         jobs.append(Job(source, out / f"{original.stem}-side-by-side{ending}", needs_ending=False))
@@ -106,8 +109,9 @@ def encode(
 
     Assets are GLB, glTF, OBJ, PLY, STL and OFF meshes, or a folder of views with a transforms.json.
 
-    A single file goes to exactly the path given with --out. Several, and folders, go below the folder --out, each
-    as its name with the ending .atok; folders keep their tree. Existing files are replaced.
+    A single file, or folder of views, goes to exactly the path given with --out. Several, and folders, go below the
+    folder --out, each as its name with the ending .atok; folders keep their tree. Existing files are replaced. Of a
+    folder, pictures that an .obj (in its .mtl) or .gltf file names as its textures are left out.
 
     \b
     Examples:
@@ -115,11 +119,17 @@ def encode(
       atoken encode atoken-demo/coffee.jpg --out coffee.atok
       atoken encode atoken-demo --out tokens
     """
-    from tokenizer.cli.assets import find_inputs
+    from tokenizer.cli.inputs import find_inputs
     from tokenizer.tokenfile import SUFFIX
 
     exact = _names_a_file(out, (SUFFIX,), "token files")
-    jobs = plan_jobs(inputs, Path(out), find_inputs, exact=exact)
+    jobs = plan_jobs(
+        inputs,
+        Path(out),
+        find_inputs,
+        exact=exact,
+        results=lambda job: [job.target_with(SUFFIX)],
+    )
     codec = _codec(model, device, dtype, discrete=discrete, gaussians=gaussians, packing=packing)
     return run_jobs("encode", jobs, codec.encode, encoded_line, as_json=as_json)
 
@@ -197,6 +207,8 @@ def reconstruct(
     (NAME-turntable.mp4), the latter two with the original beside them. Its figures are of eight views that the model
     has not seen, on black.
 
+    Names are as for encode. Existing files are replaced, but never an input of the same command.
+
     \b
     Examples:
       atoken demo --out atoken-demo
@@ -204,10 +216,14 @@ def reconstruct(
       atoken reconstruct "atoken-demo/*.jpg" --out reconstructions
       atoken reconstruct atoken-demo/bread.glb --out bread.ply
     """
-    from tokenizer.cli.assets import find_inputs
+    from tokenizer.cli.codec import reconstructed_files
+    from tokenizer.cli.inputs import find_inputs
 
     exact = _names_a_file(out, _saved_endings(), "results")
-    jobs = plan_jobs(inputs, Path(out), find_inputs, exact=exact)
+    endings = f".{image_format}", _video_ending(video_format)
+    jobs = plan_jobs(
+        inputs, Path(out), find_inputs, exact=exact, results=lambda job: reconstructed_files(job, *endings)
+    )
     codec = _codec(
         model,
         device,
@@ -304,13 +320,15 @@ def _codec(
     from tokenizer.cli.codec import FileCodec
     from tokenizer.cli.models import load_model
 
-    video = video_format or VideoFormat.mp4
-    video_ending = "" if video is VideoFormat.frames else f".{video}"
     loaded = load_model(model, device, dtype, discrete=discrete)
     if gaussians is not None:
         loaded.load_gaussian_decoder(gaussians, dtype=loaded.dtype)
     rule = None if packing is Packing.auto else cast("PackingRule", packing.value)
-    return FileCodec(loaded, f".{image_format}", video_ending, rule, original=original)
+    return FileCodec(loaded, f".{image_format}", _video_ending(video_format), rule, original=original)
+
+
+def _video_ending(video_format: VideoFormat | None) -> str:
+    return "" if video_format is VideoFormat.frames else f".{video_format or VideoFormat.mp4}"
 
 
 def _saved_endings() -> tuple[str, ...]:

@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from tokenizer.api import AToken, VisualEncoding
-from tokenizer.assets.load import ASSET_ENDINGS, is_asset, load_mesh
+from tokenizer.assets.load import load_mesh
 from tokenizer.assets.mesh import Mesh
 from tokenizer.assets.pipeline import VIEWS, is_views
 from tokenizer.assets.raycast import render_views
 from tokenizer.assets.rules import PackingRule
 from tokenizer.assets.views import TRANSFORMS_FILE, Views
 from tokenizer.cameras import Cameras, sphere_cameras, turntable_cameras
+from tokenizer.cli.inputs import find_inputs, is_asset_input
 from tokenizer.cli.jobs import Job, refuse_own_source
 from tokenizer.cli.outcome import Result
 from tokenizer.cli.progress import ProgressBars
@@ -32,6 +33,8 @@ from tokenizer.gaussians.rasterize import rasterize
 from tokenizer.media import VideoWriter, save_image
 from tokenizer.tokenfile import TokenFile, TokenReader
 from tokenizer.voxels import AssetSize
+
+__all__ = ["AssetCodec", "asset_files", "find_inputs", "is_asset_input"]
 
 PLY = ".ply"
 ENDINGS = {"gaussians": PLY, "sheet": "-sheet.png", "turntable": "-turntable.mp4"}
@@ -48,45 +51,10 @@ PAPER = 1.0
 Pixels = NDArray[np.uint8]
 
 
-def is_asset_input(path: Path) -> bool:
-    """Whether a command should take `path` for a 3D asset: by its ending, or as the description of views."""
-    return is_asset(path) or path.name == TRANSFORMS_FILE
-
-
-def find_inputs(folder: Path) -> list[Path]:
-    """Pictures, videos and assets below `folder`, sorted. A folder of views is one asset. Left out are pictures beside
-    or below a mesh that keeps its textures outside (.obj, .gltf), as they are these, and .ply files of Gaussians.
-
-    Raises:
-        InputError: there is nothing.
-    """
-    from tokenizer.media import find_media
-
-    if (folder / TRANSFORMS_FILE).is_file():
-        return [folder / TRANSFORMS_FILE]
-    shown = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    assets = [path for path in shown if is_asset_input(path) and not _holds_gaussians(path)]
-    owned = [path.parent for path in assets if path.suffix.lower() in (".obj", ".gltf") or not is_asset(path)]
-    try:
-        media = find_media(folder)
-    except InputError:
-        media = []
-    found = assets + [path for path in media if not any(path.is_relative_to(parent) for parent in owned)]
-    if not found:
-        raise InputError(f"{folder}: no pictures, videos or 3D assets ({', '.join(ASSET_ENDINGS)}) in it")
-    return sorted(found)
-
-
-def _holds_gaussians(path: Path) -> bool:
-    """Whether a file is what `decode` writes, rather than a mesh."""
-    if path.suffix.lower() != PLY:
-        return False
-    with path.open("rb") as file:
-        return b" f_dc_0" in file.read(4096)
+def asset_files(job: Job) -> dict[str, Path]:
+    """What a reconstruction is written to, by what it is."""
+    base = job.target if job.needs_ending else job.target.with_suffix("")
+    return {what: base.with_name(base.name + ending) for what, ending in ENDINGS.items()}
 
 
 class AssetCodec:
@@ -114,7 +82,7 @@ class AssetCodec:
 
     def decode(self, job: Job, reader: TokenReader) -> Result:
         """A token file -> a .ply file of Gaussians."""
-        target = job.target.with_name(job.target.name + PLY) if job.needs_ending else job.target
+        target = job.target_with(PLY)
         if target.suffix.lower() != PLY:
             raise InputError(f"{target}: 3D assets are decoded to {PLY} files of Gaussians")
         gaussians = self.model.decode_asset(TokenFile.load(job.source), original=self.original)
@@ -130,8 +98,7 @@ class AssetCodec:
         if not job.needs_ending and job.target.suffix.lower() != PLY:
             raise InputError(f"{job.target}: the reconstruction of a 3D asset is a {PLY} file; its clip and contact "
                              "sheet get the same name")  # fmt: skip
-        base = job.target if job.needs_ending else job.target.with_suffix("")
-        files = {what: base.with_name(base.name + ending) for what, ending in ENDINGS.items()}
+        files = asset_files(job)
         for file in files.values():
             refuse_own_source(job, file)
         asset = _source(job.source)

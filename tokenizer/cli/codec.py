@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from tokenizer.api import AToken
 from tokenizer.assets.rules import PackingRule
-from tokenizer.cli.assets import AssetCodec, is_asset_input
+from tokenizer.cli.assets import AssetCodec, asset_files
+from tokenizer.cli.inputs import is_asset_input
 from tokenizer.cli.jobs import Job, refuse_own_source
 from tokenizer.cli.outcome import Result
 from tokenizer.cli.progress import ProgressBars
@@ -56,7 +57,7 @@ class FileCodec:
 
     def encode(self, job: Job, progress: ProgressBars) -> Result:
         """A picture, video or asset file -> a token file."""
-        target = job.target.with_name(job.target.name + SUFFIX) if job.needs_ending else job.target
+        target = job.target_with(SUFFIX)
         refuse_own_source(job, target)
         if is_asset_input(job.source):
             return self.assets.encode(job, target, progress)
@@ -163,7 +164,7 @@ class FileCodec:
         return reader
 
     def _target(self, job: Job, kind: str) -> Path:
-        return job.target.with_name(job.target.name + self.endings[kind]) if job.needs_ending else job.target
+        return job.target_with(self.endings[kind])
 
     def _bits_per_token(self, reader: TokenReader) -> float:
         if reader.discrete:
@@ -176,6 +177,19 @@ class FileCodec:
     def _frame_rate(reader: TokenReader) -> Fraction:
         # Stored as a float; 29.97... comes back as 30000/1001.
         return Fraction(reader.origin.frame_rates[0]).limit_denominator(1001)
+
+
+def reconstructed_files(job: Job, image_ending: str, video_ending: str) -> list[Path]:
+    """Every file that `FileCodec.reconstruct` writes for a job; none for a source that cannot be read."""
+    if is_asset_input(job.source):
+        return list(asset_files(job).values())
+    if not job.needs_ending:
+        return [job.target]
+    try:
+        ending = {"image": image_ending, "video": video_ending}[media_kind(job.source)]
+    except (InputError, OSError):  # reported when it is its turn
+        return []
+    return [job.target_with(ending)]
 
 
 def _pixel_size(size: VisualSize | AssetSize) -> VisualSize:

@@ -7,7 +7,7 @@ import warnings
 import webbrowser
 from pathlib import Path
 
-from tokenizer.cli.jobs import Job, refuse_own_source
+from tokenizer.cli.jobs import Job, refuse_own_source, refuse_stream
 from tokenizer.cli.outcome import Result, run_jobs
 from tokenizer.cli.progress import ProgressBars
 from tokenizer.errors import InputError
@@ -28,6 +28,7 @@ def view(source: str, out: str | None, *, max_gaussians: int | None, open_page: 
     Returns:
         The exit status.
     """
+    refuse_stream(Path(source))
     job = Job(Path(source), _target(Path(source), out), needs_ending=False)
 
     def work(job: Job, progress: ProgressBars) -> Result:  # noqa: ARG001
