@@ -1,4 +1,4 @@
-"""What written videos say of their colours and hold, and the rates and depths that formats have."""
+"""What videos written say of their colours; depths of grey, rates and frames that only some formats have."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from tests.tokenizer.test_media import png16
 from tokenizer.errors import InputError
-from tokenizer.media import VideoReader, VideoWriter
+from tokenizer.media import VideoReader, VideoWriter, load_image, media_kind
 
 GREEN = (30, 200, 60)
 BT709 = (0.2126, 0.0722)
@@ -63,3 +65,32 @@ def test_a_gif_of_too_many_frames_a_second_names_other_formats(tmp_path: Path) -
             VideoWriter(tmp_path / "x.gif", rate, 8, 8)
     assert VideoReader(write_green(tmp_path / "x.gif", 8, 8, 100, frames=5)).num_frames == 5
     assert VideoReader(write_green(tmp_path / "x.mp4", 16, 16, 240, frames=5)).fps == 240
+
+
+def test_16_bits_of_grey_are_rounded_to_the_nearest_of_8() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(values / 257)
+    np.testing.assert_array_equal(load_image(png16(0, values[..., None])), np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("magic", "most"), [("P5", 65535), ("P5", 1023), ("P2", 65535), ("P2", 1023), ("P5", 256)])
+def test_pgm_files_of_more_than_8_bits(magic: str, most: int, tmp_path: Path) -> None:
+    values = np.linspace(0, most, 64).round().astype(np.uint16).reshape(4, 16)
+    plain = " ".join(map(str, values.ravel())).encode()
+    data = values.astype(">u2").tobytes() if magic == "P5" else plain
+    (tmp_path / "x.pgm").write_bytes(f"{magic}\n16 4\n{most}\n".encode() + data)
+    expected = np.rint(values / most * 255)
+    np.testing.assert_array_equal(load_image(tmp_path / "x.pgm"), np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_what_an_animated_png_holds_for_other_programs_is_no_frame_of_it(tmp_path: Path) -> None:
+    other, *shown = [Image.new("RGB", (8, 6), colour) for colour in ("red", "lime", "blue", "white")]
+    other.save(tmp_path / "x.png", save_all=True, append_images=shown, default_image=True, duration=[500, 100, 100])
+    reader = VideoReader(tmp_path / "x.png")
+    assert media_kind(tmp_path / "x.png") == "video"
+    assert reader.num_frames == 3
+    np.testing.assert_allclose(reader.timestamps, [0.0, 0.5, 0.6])
+    assert reader.read()[:, 0, 0].tolist() == [[0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    other.save(tmp_path / "one.png", save_all=True, append_images=shown[:1], default_image=True)
+    assert media_kind(tmp_path / "one.png") == "image"
+    assert VideoReader(tmp_path / "one.png").read()[:, 0, 0].tolist() == [[0, 255, 0]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tokenizer.errors import InputError
 from tokenizer.media.containers import FrameIndex, index_frames
@@ -32,7 +33,7 @@ def is_animation(path: Path) -> bool:
         return False
     with image:
         try:
-            return image.format in _ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
+            return image.format in _ANIMATED_FORMATS and len(_frames(image)) > 1
         except DECODING_ERRORS:
             return False
 
@@ -46,7 +47,7 @@ def scan_animation(path: Path) -> FrameIndex:
     with open_image(path) as image:
         durations = []
         try:
-            for frame in range(getattr(image, "n_frames", 1)):
+            for frame in _frames(image):
                 image.seek(frame)
                 if image.format == "WEBP":
                     image.load()  # Pillow knows a WebP frame's duration only after decoding it
@@ -65,9 +66,17 @@ def decode_animation(path: Path) -> Generator[NDArray[np.uint8], None, None]:
         InputError: a frame is damaged.
     """
     with open_image(path) as image:
-        for frame in range(getattr(image, "n_frames", 1)):
+        for frame in _frames(image):
             try:
                 image.seek(frame)
             except DECODING_ERRORS as error:
                 raise damaged(str(path), error) from error
             yield to_rgb(image, str(path))
+
+
+def _frames(image: Image.Image) -> range:
+    """Numbers of the frames that are shown.
+
+    Pillow counts as frame 0 what a PNG holds for programs that know no animation, where it is no part of it.
+    """
+    return range(int(bool(image.info.get("default_image"))), getattr(image, "n_frames", 1))

@@ -104,8 +104,10 @@ def to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         image.load()
     except DECODING_ERRORS as error:
         raise damaged(name, error) from error
+    # Pillow opens PGM files of 9 to 16 bits as 32-bit integers, brought to 0..65535 whatever their range.
+    grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     image = _upright(image)
-    if image.mode.startswith("I;16"):
+    if grey16:
         return _grey16_to_rgb(image)
     if image.mode in ("I", "F"):
         raise InputError(f"{name}: has 32-bit pixels (mode {image.mode}) of unknown range; save it with 8 or 16 bits")
