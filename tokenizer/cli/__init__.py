@@ -6,23 +6,35 @@ application. So the tokenizer knows none of them.
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `atoken` with the given arguments, by default those of the process, and exit with its status."""
+    try:
+        status = _run(arguments)
+    except KeyboardInterrupt:  # while the little that `run` needs was imported
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from tokenizer.cli.outcome import run
+    from tokenizer.cli.signals import signals_raise
 
     def command() -> object:
+        from importlib.metadata import entry_points
+
         from typer.main import get_command
 
         from tokenizer.cli.app import app
 
-        for entry in importlib.metadata.entry_points(group="atoken.commands"):
+        for entry in entry_points(group="atoken.commands"):
             entry.load()(app)
         given = sys.argv[1:] if arguments is None else list(arguments)
         return get_command(app).main(args=given or ["--help"], prog_name="atoken", standalone_mode=False)
 
-    sys.exit(run(command))
+    with signals_raise():
+        return run(command)

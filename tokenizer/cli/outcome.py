@@ -1,7 +1,7 @@
 """How a command ends: errors as one line, exit status, and work on many files of which some are broken.
 
-Exit status: 0 done, 1 something could not be done, 2 wrong usage, 130 interrupted. Results go to stdout; errors,
-progress and remarks to stderr.
+Exit status: 0 done, 1 something could not be done, 2 wrong usage, 130 interrupted, 143 and 129 ended by SIGTERM and
+SIGHUP. Results go to stdout; errors, progress and remarks to stderr.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizer.cli.jobs import Job
 from tokenizer.cli.progress import ProgressBars
+from tokenizer.cli.signals import Ended
 from tokenizer.errors import InputError
 
 Result = dict[str, Any]
@@ -39,8 +40,15 @@ def run(command: Callable[[], object]) -> int:
     try:
         status = command()
     except TyperException as error:
-        report_line(error.format_message())
+        message = error.format_message()
+        if message.startswith("Usage: "):  # a group without a command: its help
+            print(message, file=sys.stderr)
+        else:
+            report_line(message)
         return error.exit_code
+    except Ended as error:
+        print(f"ended by {error.signal.name}", file=sys.stderr)
+        return 128 + error.signal
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BrokenPipeError:

@@ -25,6 +25,8 @@ def train(
     Example:
       atoken train --config configs/tokenizer/stages/nano-stage1.yaml steps=500 out=runs/try
     """
+    from tokenizer.cli.signals import signals_kill
     from tokenizer.training.curriculum.launch import launch
 
-    return launch(config, overrides or [], device)
+    with signals_kill():  # training handles the first signal itself, and means the second one to be the end
+        return launch(config, overrides or [], device)
