@@ -2,7 +2,8 @@
 
 JPEG, WebP and x264 get for every picture or clip as many bits as a model took for the same one, container headers of
 pictures included, and use them as well as they can: the best quality that fits. Where even their lowest quality takes
-more, that is what is measured, and the bits in the table say so.
+more, that is what is measured, and the bits in the table say so. A picture that is larger than a format allows is
+measured without it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from PIL import Image
 from tokenizer.assets.views import Views
 from tokenizer.errors import InputError, require_package
 from tokenizer.evaluation.command.cost import measured
+from tokenizer.evaluation.command.identity import checksum
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.samples import Frames, Sample
-from tokenizer.evaluation.command.systems import Copy, Role
+from tokenizer.evaluation.command.systems import Copy, NotHandledError, Role
 from tokenizer.evaluation.linear_code import LinearCodes, fit_to_training_data
+from tokenizer.fingerprint import weights_digest
 
 NAMES: Final = ("jpeg", "webp", "linear", "x264", "flat")
 CPU: Final = torch.device("cpu")
@@ -39,7 +42,7 @@ class Coder:
     """A codec with a quality.
 
     kind: what it codes. qualities: worst and best. settings: variants that are all tried. code: frames, quality and
-    setting to a file.
+    setting to a file. largest_side: in pixels, of what the format can hold.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Coder:
     settings: tuple[Any, ...]
     code: Callable[[Frames, int, Any], File]
     description: str
+    largest_side: int
 
 
 class SameRate:
@@ -75,6 +79,11 @@ class SameRate:
     def reconstruct(self, sample: Sample, budget: float | None) -> Copy:
         """See `System`. Encoding time is that of the search for the quality."""
         assert budget is not None, "a codec at the bits of a model needs them"
+        height, width = sample.frames.shape[1:3]
+        if max(height, width) > self.coder.largest_side:
+            raise NotHandledError(
+                f"{width}x{height} is more than the {self.coder.largest_side} pixels a side of {self.coder.name}"
+            )
         (data, decode), coding = measured(partial(best_within, self.coder, sample.frames, budget), CPU)
         frames, decoding = measured(decode, CPU)
         return Copy(frames, 8.0 * len(data), coding.seconds, decoding.seconds, max(coding.memory, decoding.memory))
@@ -82,14 +91,22 @@ class SameRate:
 
 def best_within(coder: Coder, frames: Frames, bits: float) -> File:
     """The file of least squared error among the largest of each setting that fits into so many bits; the smallest file
-    where none fits. File sizes are taken to grow with the quality."""
-    fitting, smallest = [], None
+    where none fits. File sizes are taken to grow with the quality, and a quality that cannot be coded to be too large.
+
+    Raises:
+        NotHandledError: no quality can be coded.
+    """
+    fitting, smallest, fault = [], None, ""
     for setting in coder.settings:
         low, high = coder.qualities
         best: File | None = None
         while low <= high:
             middle = (low + high) // 2
-            found = coder.code(frames, middle, setting)
+            try:
+                found = coder.code(frames, middle, setting)
+            except (OSError, ValueError) as error:  # such as a partition of WebP that gets too long
+                fault, high = " ".join(str(error).split()), middle - 1
+                continue
             if smallest is None or len(found[0]) < len(smallest[0]):
                 smallest = found
             if 8 * len(found[0]) <= bits:
@@ -99,7 +116,8 @@ def best_within(coder: Coder, frames: Frames, bits: float) -> File:
         if best is not None:
             fitting.append(best)
     if not fitting:
-        assert smallest is not None, "at least one quality was tried"
+        if smallest is None:
+            raise NotHandledError(f"{coder.name} cannot code it ({fault})")
         return smallest
     errors = [np.square(file[1]().astype(np.float32) - frames).mean() for file in fitting] if fitting[1:] else [0.0]
     return fitting[int(np.argmin(errors))]
@@ -132,11 +150,14 @@ def _x264(frames: Frames, quality: int, _: None) -> File:
     encoder.framerate = encoder.rate = 25
     encoder.options = {"crf": str(51 - quality), "preset": X264_PRESET, "threads": "1"}
     packets = []
-    for number, frame in enumerate(padded):
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-        picture.pts = number
-        packets += encoder.encode(picture)
-    packets += encoder.encode(None)
+    try:
+        for number, frame in enumerate(padded):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = number
+            packets += encoder.encode(picture)
+        packets += encoder.encode(None)
+    except av.error.FFmpegError as error:
+        raise OSError(str(error)) from error
     data = b"".join(bytes(packet) for packet in packets)
 
     def decode() -> Frames:
@@ -156,9 +177,11 @@ def _x264(frames: Frames, quality: int, _: None) -> File:
 CODERS: Final = {
     coder.name: coder
     for coder in (
-        Coder("jpeg", "image", (1, 100), (2, 0), _jpeg, "JPEG of Pillow, optimised tables, 4:2:0 or 4:4:4"),
-        Coder("webp", "image", (0, 100), (None,), _webp, "lossy WebP of Pillow, method 4"),
-        Coder("x264", "video", (0, 51), (None,), _x264, f"x264 4:2:0, preset {X264_PRESET}, constant rate factor"),
+        Coder("jpeg", "image", (1, 100), (2, 0), _jpeg, "JPEG of Pillow, optimised tables, 4:2:0 or 4:4:4", 65500),
+        Coder("webp", "image", (0, 100), (None,), _webp, "lossy WebP of Pillow, method 4", 16383),
+        Coder(
+            "x264", "video", (0, 51), (None,), _x264, f"x264 4:2:0, preset {X264_PRESET}, constant rate factor", 16384
+        ),
     )
 }
 
@@ -180,9 +203,15 @@ class LinearSystem:
         self._codes, self._bits, self._source = codes, bits_per_value, source
 
     def facts(self) -> dict[str, Any]:
-        """See `System`."""
-        values = self._codes.image.basis.shape[1]
-        return {"codec": f"{values} principal components of each patch", "source": self._source}
+        """See `System`. The file is not enough: that of a run names the data that a code was fitted to."""
+        codes, file = {"image": self._codes.image, "video": self._codes.video}, Path(self._source)
+        tensors = {f"{kind} {part}": getattr(code, part) for kind, code in codes.items() for part in ("mean", "basis")}
+        return {
+            "codec": f"{self._codes.image.basis.shape[1]} principal components of each patch",
+            "source": self._source,
+            "sha256": checksum(file) if file.is_file() else None,
+            "digest": weights_digest(tensors),
+        }
 
     def handles(self, sample: Sample) -> bool:
         """See `System`."""

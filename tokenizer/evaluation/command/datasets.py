@@ -10,7 +10,6 @@ is its class.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,11 +22,14 @@ from torch import Tensor
 from tokenizer.assets.load import is_asset
 from tokenizer.assets.views import TRANSFORMS_FILE, Views
 from tokenizer.errors import InputError
+from tokenizer.evaluation.command.identity import checksum, state_checksum, text_checksum
+from tokenizer.evaluation.command.names import printable, told_apart
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.command.stores import open_store
 from tokenizer.training.asset_store import StoredAsset
 from tokenizer.voxels import AssetSize
 
+CAPTIONS = ".txt"
 READERS = "atoken.readers"
 PACKAGED = "packaged"
 """What --data calls the test pictures that come with scientific packages (`tokenizer.evaluation.nano`)."""
@@ -55,7 +57,8 @@ class PackedAsset(Protocol):
 class RawSample(Protocol):
     """A sample before it is decoded.
 
-    id: the same in every run and process. kind: what it is. content: a path, the bytes of a file, or an asset.
+    id: the same in every run and process, and that of no other sample. kind: what it is.
+    content: a path, the bytes of a file, or an asset.
     captions, label: of it, where it has any. fault: why it cannot be read, else None; then content is empty bytes.
     """
 
@@ -82,7 +85,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def facts(self) -> dict[str, Any]:
-        """What identifies the data, for JSON: "source", "samples", and checksums where they are known."""
+        """What identifies the data and its contents, for JSON: "source", "samples", and checksums. A run goes on, or is
+        given back, only where they are those of the first run."""
         ...
 
     def read(self, numbers: Sequence[int]) -> Iterable[RawSample]:
@@ -107,15 +111,14 @@ class FileSample:
 
     def digest(self) -> str:
         """Of the file; of the description of views for an asset given as these."""
-        with self.content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return str(checksum(self.content))
 
 
 class FileSource:
     """Files by name.
 
     Args:
-        files: (id, path), in order.
+        files: (id, path), in order; ids that repeat are told apart.
         name: what --data said.
         captions: by id, or by the file's name or stem; they come before those in .txt files.
     """
@@ -123,19 +126,38 @@ class FileSource:
     def __init__(
         self, files: Sequence[tuple[str, Path]], name: str, captions: Mapping[str, Sequence[str]] | None = None
     ) -> None:
-        self._files, self._name, self._captions = list(files), name, dict(captions or {})
+        names = told_apart(name for name, _ in files)
+        self._files = [(name, path) for name, (_, path) in zip(names, files, strict=True)]
+        self._name, self._captions = name, dict(captions or {})
 
     def __len__(self) -> int:
         return len(self._files)
 
     def facts(self) -> dict[str, Any]:
-        """Names and sizes make the listing; contents have their checksums in samples.jsonl."""
-        lines = "\n".join(f"{name} {path.stat().st_size}" for name, path in self._files)
+        """Names and sizes make the listing; contents have their checksums in samples.jsonl.
+
+        "state_sha256" tells that something was changed since: it is over the times of change of all that is read, that
+        is samples, captions beside them, and textures or pictures of assets. A copied folder has another one.
+        """
+        lines = "\n".join(f"{name} {_size(path)}" for name, path in self._files)
         return {
             "source": self._name,
             "samples": len(self._files),
-            "listing_sha256": hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest(),
+            "listing_sha256": text_checksum(lines),
+            "state_sha256": state_checksum(self._all_files()),
         }
+
+    def _all_files(self) -> Iterator[tuple[str, Path]]:
+        """Everything that samples are read from, by name."""
+        listed = set()
+        for name, path in self._files:
+            yield name, path
+            yield f"{name} captions", path.with_suffix(CAPTIONS)
+            if is_asset_of_files(path) and path.parent not in listed:
+                listed.add(path.parent)
+                for beside in sorted(path.parent.rglob("*")):
+                    if beside.is_file():
+                        yield f"{name} {beside.relative_to(path.parent)}", beside
 
     def read(self, numbers: Sequence[int]) -> Iterator[FileSample]:
         """See `Source`."""
@@ -143,17 +165,34 @@ class FileSource:
             name, path = self._files[number]
             parents = Path(name).parts[:-1]
             label = parents[-1] if parents else None
-            yield FileSample(name, file_kind(path), path, self._words(name, path), label)
+            try:
+                sample = FileSample(name, file_kind(path), path, self._words(name, path), label)
+            except Exception as error:  # whatever is wrong with one file, the others can be measured
+                sample = FileSample(name, "image", path, fault=fault_line(error))
+            yield sample
 
     def _words(self, name: str, path: Path) -> tuple[str, ...]:
         for key in (name, path.name, path.stem):
             if key in self._captions:
                 return tuple(self._captions[key])
-        beside = path.with_suffix(".txt")
+        beside = path.with_suffix(CAPTIONS)
         if not beside.is_file():
             return ()
         lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
+
+
+def fault_line(error: Exception) -> str:
+    """Why a sample is left out, in one line; what nobody foresaw has the name of its class before it."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(filter(None, [str(error.filename or ""), error.strerror]))
+    words = " ".join(str(error).split())
+    return words if isinstance(error, InputError | OSError) and words else f"{type(error).__name__}: {words}"
+
+
+def is_asset_of_files(path: Path) -> bool:
+    """Whether an asset keeps a part of itself in other files of its folder: textures, or the pictures of its views."""
+    return path.name == TRANSFORMS_FILE or path.suffix.lower() in (".obj", ".gltf")
 
 
 def file_kind(path: Path) -> Kind:
@@ -227,7 +266,12 @@ def read_labels(path: Path | None) -> dict[str, str] | None:
     for label, name in entries.items():
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"{path}: the name of class '{label}' must be text, got {name!r:.60}")
-    return entries
+    return {printable(label): name for label, name in entries.items()}
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for one that is gone, which is left out when it is its turn."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _json_object(path: Path, what: str) -> dict[str, Any]:
@@ -239,4 +283,4 @@ def _json_object(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"--{what} {path}: not readable as JSON ({' '.join(str(error).split())})") from None
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"--{what} {path}: must hold a JSON object of names and texts")
-    return entries
+    return {name: printable(entry) for name, entry in entries.items()}

@@ -7,7 +7,6 @@ edge values, and clips with their last frame, to what the network can divide; th
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from tokenizer.config import read_mapping
 from tokenizer.errors import InputError, require_package
+from tokenizer.evaluation.command.identity import checksum
 from tokenizer.evaluation.command.samples import Frames
 from tokenizer.evaluation.command.systems import AdapterSystem
 
@@ -110,6 +110,7 @@ def load_diffusers(folder: Path, device: torch.device, dtype: torch.dtype) -> Ad
         "source": str(folder),
         "class": kind,
         "diffusers": diffusers.__version__,
+        "config_sha256": checksum(place / "config.json"),
         "weights_sha256": _checksums(place),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
@@ -118,8 +119,5 @@ def load_diffusers(folder: Path, device: torch.device, dtype: torch.dtype) -> Ad
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return {path.name: str(checksum(path)) for path in paths}

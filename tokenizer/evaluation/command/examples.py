@@ -22,6 +22,7 @@ from tokenizer.evaluation.command.measurement import Measurement, chosen_samples
 from tokenizer.evaluation.command.presets import KINDS, Kind
 from tokenizer.evaluation.command.runner import Plan
 from tokenizer.evaluation.command.samples import Frames, Sample, load_sample
+from tokenizer.evaluation.command.systems import NotHandledError
 from tokenizer.media import VideoWriter
 
 LARGEST: Final = 512
@@ -85,7 +86,10 @@ def _copies(plan: Plan, sample: Sample) -> dict[str, Frames]:
     for system in plan.systems:
         if not system.handles(sample):
             continue
-        copy = system.reconstruct(sample, bits.get(system.budget_of or ""))
+        try:
+            copy = system.reconstruct(sample, bits.get(system.budget_of or ""))
+        except NotHandledError:
+            continue
         copies[system.name], bits[system.name] = copy.frames, copy.bits
     return copies
 
@@ -110,7 +114,8 @@ def _player(
     rank: str, sample: Sample, everything: Mapping[str, Frames], figures: Mapping[str, Mapping[str, float]]
 ) -> Example:
     """All systems from left to right in one clip, scaled down to fit the page."""
-    rate = sample.frame_rate or 25.0
+    # Frames hours apart should still play.
+    rate = min(max(sample.frame_rate or 25.0, 1.0), 120.0)
     columns = [_scaled(frames[:CLIP_FRAMES], CLIP_WIDTH) for frames in everything.values()]
     white = np.full((*columns[0].shape[:2], _GAP, 3), 255, np.uint8)
     clip = np.concatenate([part for column in columns for part in (white, column)][1:], axis=2)
@@ -136,7 +141,7 @@ def _scaled(frames: Frames, width: int) -> Frames:
     """Frames no wider than `width`."""
     if frames.shape[2] <= width:
         return frames
-    height = round(frames.shape[1] * width / frames.shape[2])
+    height = max(1, round(frames.shape[1] * width / frames.shape[2]))
     resized = [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
     return np.stack(resized)
 

@@ -16,6 +16,7 @@ from tokenizer.atomic import atomic_path
 from tokenizer.evaluation.command.examples import Example, Panel
 from tokenizer.evaluation.command.markdown import count_line
 from tokenizer.evaluation.command.measurement import Measurement
+from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.plots import rate_distortion, series_of
 from tokenizer.evaluation.command.results import COLUMNS, Column, Results, best_rows, columns_of, shown_value
 
@@ -80,9 +81,8 @@ _POLICY: Final = (
 
 def write_html(out: Path, results: Results, measurement: Measurement, examples: Sequence[Example]) -> None:
     """Write report.html, whole or not at all."""
-    content = as_html(results, measurement, examples).encode("utf-8", "replace")
     with atomic_path(out / FILE) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_text(printable(as_html(results, measurement, examples)), encoding="utf-8")
 
 
 def as_html(results: Results, measurement: Measurement, examples: Sequence[Example]) -> str:

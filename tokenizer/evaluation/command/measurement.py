@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 from tokenizer.evaluation.accumulate import Records
+from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.features import FrechetMeter, Provenance
 
@@ -40,11 +41,13 @@ class Known:
 
 @dataclass(slots=True)
 class Found:
-    """What one system gave for one sample. features: by network, rows [width] of original and copy."""
+    """What one system gave for one sample. features: by network, rows [width] of original and copy; not_handled: why it
+    cannot take it, and then there is nothing else."""
 
     figures: dict[str, float] = field(default_factory=dict)
     features: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     vector: Tensor | None = None
+    not_handled: str | None = None
 
 
 class Measurement:
@@ -61,6 +64,7 @@ class Measurement:
         self.vectors: dict[Row, dict[str, Tensor]] = {}
         self.known: dict[str, Known] = {}
         self.left_out: dict[str, str] = {}
+        self.not_handled: dict[Row, dict[str, str]] = {}
         self.done = 0
 
     def add(self, sample: str, known: Known, found: Mapping[str, Found]) -> None:
@@ -69,16 +73,17 @@ class Measurement:
         Raises:
             InputError: a figure or feature is not finite. Nothing has been added then.
         """
+        assert not self.has(sample), f"{sample}: added twice"
         for system, one in found.items():
             Records().add(f"{sample}, {system}", one.figures)
             rows = [row for pair in one.features.values() for row in pair]
             if not all(bool(row.isfinite().all()) for row in [*rows, *([] if one.vector is None else [one.vector])]):
                 raise InputError(f"{sample}, {system}: a feature is not finite")
-        if sample in self.known:
-            return
         self.known[sample] = known
         for system, one in found.items():
             row = known.kind, system
+            if one.not_handled is not None:
+                self.not_handled.setdefault(row, {})[sample] = one.not_handled
             if one.figures:
                 self.records.setdefault(row, Records()).add(sample, one.figures)
             for name, (original, copy) in one.features.items():
@@ -87,8 +92,18 @@ class Measurement:
             if one.vector is not None:
                 self.vectors.setdefault(row, {})[sample] = one.vector
 
+    def has(self, sample: str) -> bool:
+        """Whether a sample was measured or left out."""
+        return sample in self.known or sample in self.left_out
+
     def merge(self, other: Measurement) -> None:
-        """Add the samples of another process, none of which may be here."""
+        """Add the samples of another process.
+
+        Raises:
+            InputError: one of them is here already.
+        """
+        for sample in (*other.known, *other.left_out):
+            self.refuse_repeated(sample)
         for row, records in other.records.items():
             self.records.setdefault(row, Records()).merge(records)
         for key, meter in other.meters.items():
@@ -97,9 +112,16 @@ class Measurement:
             mine.copies.merge(meter.copies)
         for row, vectors in other.vectors.items():
             self.vectors.setdefault(row, {}).update(vectors)
+        for row, reasons in other.not_handled.items():
+            self.not_handled.setdefault(row, {}).update(reasons)
         self.known.update(other.known)
         self.left_out.update(other.left_out)
         self.done += other.done
+
+    def refuse_repeated(self, sample: str) -> None:
+        """Raise `InputError` if a sample of this name is here: of two, one would be lost."""
+        if self.has(sample):
+            raise InputError(f"two samples are called '{printable(sample)}': the source must tell them apart")
 
     def gathered(self) -> Measurement:
         """The samples of all processes together, in the order of their numbers; in every process."""
@@ -134,6 +156,7 @@ class Measurement:
                 for sample, one in self.known.items()
             },
             "records": [[*row, records.state()] for row, records in self.records.items()],
+            "not_handled": [[*row, reasons] for row, reasons in self.not_handled.items()],
             "meters": [list(key) for key in self.meters],
             "vectors": [[*row, list(vectors)] for row, vectors in self.vectors.items()],
         }
@@ -152,6 +175,7 @@ class Measurement:
                 for sample, (kind, number, digest, label, captions) in document["known"].items()
             }
             self.records = {(kind, system): Records.from_state(part) for kind, system, part in document["records"]}
+            self.not_handled = {(kind, system): dict(reasons) for kind, system, reasons in document["not_handled"]}
             for number, (kind, system, name) in enumerate(document["meters"]):
                 meter = FrechetMeter(self._networks[name])
                 meter.restore(_below(tensors, f"meter{number}."))

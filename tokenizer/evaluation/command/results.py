@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,9 @@ from typing import Any, Final
 from tokenizer.atomic import atomic_path
 from tokenizer.evaluation.accumulate import Records
 from tokenizer.evaluation.bootstrap import LEVEL, RESAMPLES, bootstrap_ratio
+from tokenizer.evaluation.command.identity import text_checksum
 from tokenizer.evaluation.command.measurement import Measurement
+from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.presets import KINDS, Kind
 from tokenizer.evaluation.command.runner import Plan
 from tokenizer.evaluation.command.understanding import PROMPTS, retrieval, zero_shot
@@ -22,6 +23,8 @@ from tokenizer.evaluation.metrics import SETTINGS
 FORMAT: Final = "atoken-evaluation"
 VERSION: Final = 1
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
+LISTED: Final = 3
+"""Samples that a note names."""
 
 Results = dict[str, Any]
 
@@ -75,19 +78,21 @@ def make_results(plan: Plan, measurement: Measurement, facts: Mapping[str, Any],
 
     Returns:
         What results.json holds. `kinds` has, by kind and system, `figures` {name: value, low, high, n}, `frechet`
-        (`FrechetMeter.result`), `zero_shot` and `retrieval`.
+        (`FrechetMeter.result`), `zero_shot`, `retrieval`, and `not_handled` {sample: why this baseline cannot take it}.
+        All text in it can be written as UTF-8.
     """
     kinds = {kind: _of_kind(plan, measurement, kind) for kind in KINDS}
     kinds = {kind: rows for kind, rows in kinds.items() if rows}
     counts = {kind: sum(known.kind == kind for known in measurement.known.values()) for kind in KINDS}
     shown = {name for rows in kinds.values() for row in rows.values() for name in row["figures"]}
     digests = "\n".join(f"{sample} {known.sha256}" for sample, known in measurement.known.items())
-    return {
+    results: Results = {
         "format": FORMAT,
         "version": VERSION,
         **facts,
         "preset": plan.preset.as_dict(),
-        "data": {**plan.source.facts(), "limit": plan.limit, "measured_sha256": _digest(digests)},
+        # As they were when it began.
+        "data": {**plan.arguments["data"], "limit": plan.limit, "measured_sha256": text_checksum(digests)},
         "seed": plan.seed,
         "intervals": {"method": "percentile bootstrap over samples", "level": LEVEL, "resamples": RESAMPLES},
         "meanings": {name: column.meaning for name, column in COLUMNS.items() if name in shown},
@@ -99,8 +104,9 @@ def make_results(plan: Plan, measurement: Measurement, facts: Mapping[str, Any],
         "samples": {kind: count for kind, count in counts.items() if count},
         "kinds": kinds,
         "left_out": {"samples": len(measurement.left_out), "reasons": measurement.left_out},
-        "notes": [*notes, *_warnings(kinds), *_unanswered(plan, measurement, kinds)],
+        "notes": [*notes, *_warnings(kinds), *_unanswered(plan, measurement, kinds), *_not_handled(measurement)],
     }
+    return dict(printable(results))
 
 
 def write_results(out: Path, results: Results, measurement: Measurement) -> None:
@@ -110,9 +116,9 @@ def write_results(out: Path, results: Results, measurement: Measurement) -> None
         for sample, known in measurement.known.items():
             systems = {system: found[sample] for (_, system), found in figures.items() if sample in found}
             line = {"id": sample, "kind": known.kind, "sha256": known.sha256, "label": known.label, "systems": systems}
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(printable(line)) + "\n")
         for sample, reason in measurement.left_out.items():
-            file.write(json.dumps({"id": sample, "left_out": reason}) + "\n")
+            file.write(json.dumps(printable({"id": sample, "left_out": reason})) + "\n")
     with atomic_path(out / RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -139,6 +145,8 @@ def _of_kind(plan: Plan, measurement: Measurement, kind: Kind) -> dict[str, Any]
             for part in ("zero_shot", "retrieval"):
                 found["figures"] |= found.get(part, {}).get("figures", {})
             found["samples"] = max(found["samples"], len(measurement.vectors[row]))
+        if row in measurement.not_handled:
+            found["not_handled"] = measurement.not_handled[row]
         if found["figures"]:
             found["figures"] = {name: found["figures"][name] for name in COLUMNS if name in found["figures"]}
             rows[system.name] = found
@@ -195,12 +203,18 @@ def _unanswered(plan: Plan, measurement: Measurement, kinds: Mapping[Kind, Any])
     ]
 
 
+def _not_handled(measurement: Measurement) -> list[str]:
+    """One line for each baseline that some samples were measured without."""
+    lines = []
+    for (kind, system), reasons in measurement.not_handled.items():
+        shown = [f"{sample} ({reason})" for sample, reason in list(reasons.items())[:LISTED]]
+        more = [f"and {len(reasons) - LISTED} more"] if len(reasons) > LISTED else []
+        lines.append(f"{system} ({kind}) is measured without what it cannot code: {', '.join(shown + more)}")
+    return lines
+
+
 def _enough(meter: Any) -> bool:
     return bool(min(meter.originals.count, meter.copies.count) >= 2)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def shown_value(name: str, figure: Mapping[str, Any], *, interval: bool = True) -> str:

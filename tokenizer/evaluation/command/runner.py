@@ -1,7 +1,8 @@
 """The loop: samples in, a measurement out. What was measured is saved now and then, and a run goes on from there.
 
 A sample counts for all systems or for none: if one of them cannot take it, it is left out with the reason, so that
-every row of a table is about the same samples. (A baseline that is not meant for a sample is no failure.)
+every row of a table is about the same samples. (A baseline that is not meant for a sample is no failure, nor is one
+that has no way to code it, such as WebP for very wide pictures: the sample is measured without it, and a note says so.)
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any, Final
 
 from tokenizer.errors import InputError
 from tokenizer.evaluation.accumulate import shard
-from tokenizer.evaluation.command.datasets import RawSample, Source
+from tokenizer.evaluation.command.datasets import RawSample, Source, fault_line
 from tokenizer.evaluation.command.measurement import Found, Known, Measurement, load_state, save_state
+from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.presets import Kind, Preset
 from tokenizer.evaluation.command.processes import Processes
 from tokenizer.evaluation.command.samples import Sample, load_sample
-from tokenizer.evaluation.command.systems import ATokenSystem, System
+from tokenizer.evaluation.command.systems import ATokenSystem, NotHandledError, System
 from tokenizer.evaluation.command.understanding import TextAlignment, sample_vector
 from tokenizer.evaluation.features import I3D_MIN_FRAMES, FeatureNetwork
 from tokenizer.evaluation.metrics import PairMetrics
@@ -137,26 +139,36 @@ class Runner:
     def _measure(self, group: list[tuple[int, RawSample]]) -> None:
         faults: dict[str, str] = {}
         samples: dict[int, Sample] = {}
+        self._check_names([raw.id for _, raw in group])
         for number, raw in group:
             try:
                 samples[number] = load_sample(raw, self.plan.preset)
-            except (InputError, OSError) as error:
-                faults[raw.id] = _line(error)
+            except Exception as error:  # one odd file must not end a run, and end it again whenever it is resumed
+                faults[raw.id] = fault_line(error)
         found = self._all_systems(samples, faults)
         self._whole = False
         for number, sample in samples.items():
             if sample.id in faults:
                 continue
-            known = Known(sample.kind, number, sample.sha256, sample.label, sample.captions)
+            # Text towers read UTF-8 alone, and a class may be called by a folder that is not.
+            words = tuple(printable(caption) for caption in sample.captions)
+            known = Known(sample.kind, number, sample.sha256, printable(sample.label), words)
             try:
                 self.measurement.add(sample.id, known, found[sample.id])
             except InputError as error:
-                faults[sample.id] = _line(error)
+                faults[sample.id] = fault_line(error)
         self.measurement.left_out.update(faults)
         self.measurement.done += len(group)
         self._whole = True
         for name, reason in faults.items():
-            self._on_fault(reason if name in reason else f"{name}: {reason}")
+            self._on_fault(printable(reason if name in reason else f"{name}: {reason}"))
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        """Raise `InputError` unless each name is that of one sample of this process alone."""
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise InputError(f"two samples are called '{printable(name)}': the source must tell them apart")
+            self.measurement.refuse_repeated(name)
 
     def _all_systems(self, samples: Mapping[int, Sample], faults: dict[str, str]) -> dict[str, dict[str, Found]]:
         """What each system gives for each sample; samples that one of them refuses become faults."""
@@ -201,8 +213,11 @@ class Runner:
                 budget = found[sample.id][system.budget_of].figures["bits"]
             try:
                 pairs.append((sample, system.reconstruct(sample, budget)))
+            except NotHandledError as error:
+                found[sample.id][system.name] = Found(not_handled=fault_line(error))
+                left.append(sample)
             except InputError as error:
-                faults[sample.id] = f"{system.name}: {_line(error)}"
+                faults[sample.id] = f"{system.name}: {fault_line(error)}"
             else:
                 left.append(sample)
         if not pairs:
@@ -220,9 +235,3 @@ class Runner:
 def _sees(network: FeatureNetwork, sample: Sample) -> bool:
     """Whether a clip is long enough for a network."""
     return network.provenance.network != "i3d" or len(sample.frames) >= I3D_MIN_FRAMES
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return ": ".join(filter(None, [str(error.filename or ""), error.strerror]))
-    return " ".join(str(error).split())

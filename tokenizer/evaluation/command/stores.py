@@ -5,7 +5,7 @@ A store holds the views that a model sees, with depth, and others to compare wit
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 
 from tokenizer.config import read_mapping
 from tokenizer.errors import InputError
+from tokenizer.evaluation.command.identity import checksum, state_checksum, text_checksum
+from tokenizer.evaluation.command.names import told_apart
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.training.asset_store import StoredAsset, read_store
 
@@ -32,8 +34,7 @@ class StoreSample:
 
     def digest(self) -> str:
         """Of the file."""
-        with self.content.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return str(checksum(self.content.file))
 
 
 class StoreSource:
@@ -48,20 +49,29 @@ class StoreSource:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._assets = folder, read_store(folder, "evaluation")
+        self._names = told_apart(os.path.relpath(asset.file, folder) for asset in self._assets)
 
     def __len__(self) -> int:
         return len(self._assets)
 
     def facts(self) -> dict[str, Any]:
-        """See `Source`."""
-        lines = "\n".join(f"{asset.file.name} {asset.name}" for asset in self._assets)
-        listing = hashlib.sha256(lines.encode()).hexdigest()
-        return {"source": str(self._folder), "split": "evaluation", "samples": len(self), "listing_sha256": listing}
+        """See `Source`. "state_sha256" is over sizes and times of change; a copied store has another one."""
+        words = [f"{asset.name} {asset.category}" for asset in self._assets]
+        lines = "\n".join(f"{name} {said}" for name, said in zip(self._names, words, strict=True))
+        files = [asset.file for asset in self._assets]
+        return {
+            "source": str(self._folder),
+            "split": "evaluation",
+            "samples": len(self),
+            "listing_sha256": text_checksum(lines),
+            "state_sha256": state_checksum(zip(self._names, files, strict=True)),
+        }
 
     def read(self, numbers: Sequence[int]) -> Iterator[StoreSample]:
         """See `Source`."""
-        for asset in (self._assets[number] for number in numbers):
-            yield StoreSample(asset.file.name, asset, (asset.name,), asset.category or None)
+        for number in numbers:
+            asset = self._assets[number]
+            yield StoreSample(self._names[number], asset, (asset.name,), asset.category or None)
 
 
 def open_store(folder: Path) -> StoreSource | None:

@@ -27,6 +27,7 @@ from tokenizer.api import AToken, VisualEncoding
 from tokenizer.assets.views import Views
 from tokenizer.errors import InputError
 from tokenizer.evaluation.command.cost import measured
+from tokenizer.evaluation.command.identity import code_checksums
 from tokenizer.evaluation.command.presets import Kind, Preset
 from tokenizer.evaluation.command.samples import Asset, Frames, Sample
 from tokenizer.fingerprint import weights_digest
@@ -38,6 +39,10 @@ from tokenizer.voxels import voxels_to_tokens
 
 Role = Literal["model", "adapter", "baseline"]
 PIXELS: Final[tuple[Kind, ...]] = ("image", "video")
+
+
+class NotHandledError(InputError):
+    """A baseline has no way to code a sample, which is measured without it."""
 
 
 class Adapter(Protocol):
@@ -102,7 +107,12 @@ class System(Protocol):
     def handles(self, sample: Sample) -> bool: ...
 
     def reconstruct(self, sample: Sample, budget: float | None) -> Copy:
-        """Encode and decode. budget: bits that it may spend, for systems with `budget_of`."""
+        """Encode and decode. budget: bits that it may spend, for systems with `budget_of`.
+
+        Raises:
+            NotHandledError: a baseline cannot take this sample. Others are measured on it all the same.
+            InputError: it cannot be measured, by any system.
+        """
         ...
 
 
@@ -290,6 +300,9 @@ class ATokenSystem:
 def load_adapter(spec: str) -> AdapterSystem:
     """The adapter that "module:Class" names, made without arguments; modules are also looked for in this folder.
 
+    An evaluation with an adapter whose source file has changed is another one. Weights that it loads, and modules that
+    it imports, can change unnoticed.
+
     Raises:
         InputError: not of this form, no such module or class, or a class without the three members.
     """
@@ -300,13 +313,14 @@ def load_adapter(spec: str) -> AdapterSystem:
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        adapter = getattr(importlib.import_module(module_name), class_name)()
+        module = importlib.import_module(module_name)
+        adapter = getattr(module, class_name)()
     except (ImportError, AttributeError, TypeError) as error:
         raise InputError(f"--adapter {spec}: {' '.join(str(error).split())}") from None
     for member in ("name", "encode", "decode"):
         if not hasattr(adapter, member):
             raise InputError(f"--adapter {spec}: has no '{member}'; an adapter has name, encode and decode")
-    return AdapterSystem(adapter, facts={"source": spec})
+    return AdapterSystem(adapter, facts={"source": spec, "code_sha256": code_checksums(adapter, module)})
 
 
 def parts_digests(model: AToken) -> dict[str, str]:
