@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_LEFTOVER = re.compile(r"\..*\.[0-9a-f]{8}\.part(\.[^.]*)?(\.old)?")
+
 _KEPT_OF_NAME = 40
 """Characters of the target's name in the temporary one, which must stay below the 255 bytes of most file systems."""
 
@@ -19,6 +22,17 @@ _KEPT_OF_NAME = 40
 def temporary_beside(target: Path) -> Path:
     """A hidden name in the folder of `target`, with its ending, that nothing else uses."""
     return target.with_name(f".{target.stem[:_KEPT_OF_NAME]}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder and those below it. Nobody else may write there."""
+    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.part.*")]:
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

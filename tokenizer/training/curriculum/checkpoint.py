@@ -7,7 +7,9 @@
         manifest.json  sizes and CRC-32s of the others
 
 A folder is written under a hidden name and renamed, so a killed run leaves no half of one. What a disk has spoilt later
-is noticed by the checksums: the checkpoint before is taken then, and one line says so.
+is noticed by the checksums: the checkpoint before is taken then, and one line says so. The spoilt ones keep their
+contents under other names (step-001000.damaged). What only cannot be read now, for want of rights or of a file server,
+is not spoilt: the run ends and leaves everything as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,6 +35,9 @@ CHECKPOINTS = "checkpoints"
 """Folder in that of a run."""
 
 WEIGHTS, LOOP, MANIFEST = "weights.pt", "loop.json", "manifest.json"
+
+DAMAGED = ".damaged"
+"""What the names of spoilt checkpoints get."""
 
 SHARDS = "shards"
 """Folder in that of a checkpoint."""
@@ -87,11 +92,22 @@ class Checkpoints:
                 self.pending(step).rename(new / SHARDS)
             files = {str(path.relative_to(new)): _measure(path) for path in sorted(new.rglob("*")) if path.is_file()}
             (new / MANIFEST).write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
-        self._prune(best)
+        self._prune({step, best})
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole, or none."""
-        return newest_good(self.folder, self._say)
+        """The newest checkpoint that is whole, or none; newer ones are damaged, and set aside.
+
+        Raises:
+            InputError: as `newest_good`.
+        """
+        newest = newest_good(self.folder, self._say)
+        for _, path in _newest_first(self.folder):
+            if path == newest:
+                break
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        return newest
 
     def clean(self) -> None:
         """Remove what a killed run left half written."""
@@ -99,14 +115,22 @@ class Checkpoints:
         for path in chain.from_iterable(self.folder.glob(pattern) for pattern in patterns):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _prune(self, best: int | None) -> None:
+    def _prune(self, kept: Container[int | None]) -> None:
+        """Remove all but the last ones and those of `kept` steps."""
         for place, (step, path) in enumerate(_newest_first(self.folder)):
-            if place >= self.keep_last and step != best:
+            if place >= self.keep_last and step not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_good(folder: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint in `folder`, or none; `say` hears of damaged ones that were passed over."""
+    """The newest whole checkpoint in `folder`, or none where there are no checkpoints.
+
+    Args:
+        say: hears of damaged ones that were passed over.
+
+    Raises:
+        InputError: one that cannot be read, or damaged ones and no other.
+    """
     damage: list[str] = []
     for _, path in _newest_first(folder):
         reason = damage_of(path)
@@ -115,20 +139,35 @@ def newest_good(folder: Path, say: Callable[[str], None] | None = None) -> Path 
                 say(f"{'; '.join(damage)}; going on from {path.name}")
             return path
         damage.append(f"{path} is damaged ({reason})")
-    if damage and say is not None:
-        say(f"{'; '.join(damage)}; no whole checkpoint is left, starting anew")
+    if damage:
+        raise InputError(f"{'; '.join(damage)}; no whole checkpoint is left: remove {folder} to start anew")
     return None
 
 
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint is of, by its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
+    """What is wrong with a checkpoint, or None if it is whole.
+
+    Raises:
+        InputError: it cannot be read now.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name in dict.fromkeys((WEIGHTS, LOOP, *files)):
             if _measure(path / name) != files[name]:
                 return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
     except OSError as error:
-        return f"{Path(str(error.filename)).name}: {error.strerror}"
+        raise InputError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again"
+        ) from None
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is unreadable"
     return None

@@ -12,7 +12,9 @@ The average has a shorter memory while the rate warms up: at 0.9999 alone, four 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from tokenizer.errors import InputError
@@ -89,6 +91,10 @@ class RenderingWeights:
     l2: float = 1.0
     coverage: float = 0.5
 
+    def __post_init__(self) -> None:
+        if min(self.voxels, self.l1, self.l2, self.coverage) < 0:
+            raise InputError(f"weights of rendering must not be negative, got {self}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSettings:
@@ -131,6 +137,8 @@ class OptimizerSettings:
             raise InputError(
                 f"optimizer.ema must lie in 0..1, ema_warmup be at least 0 and max_grad_norm above 0, got {self}"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer.betas must lie in 0..1, without 1, got {list(self.betas)}")
         if not 0 < self.decay_fraction <= 1:
             raise InputError(f"optimizer.decay_fraction must lie in 0..1 and above 0, got {self.decay_fraction}")
         if any(rate is not None and not rate > 0 for rate in (self.muon_lr, self.plain_lr)):
@@ -143,7 +151,8 @@ class OptimizerSettings:
 class ValidationConfig:
     """What a run is measured on.
 
-    sources: held-out sources, as the loader of the run describes one of its own.
+    sources: held-out sources, as the loader of the run describes one of its own; each has a name of its own, which
+        its figures and pictures get.
     every: steps between two measurements.
     limit: items of each source.
     budget: tokens of a batch.
@@ -153,6 +162,13 @@ class ValidationConfig:
     every: int = 1000
     limit: int = 256
     budget: int = 16384
+
+    def __post_init__(self) -> None:
+        names = [str(source.get("name", "")) for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"validation.sources: several are called {', '.join(twice)}; give each a name of its own")
+        if odd := [name for name in names if not name.strip(". ") or set(name) & set("/\\\0")]:
+            raise InputError(f"validation.sources: '{odd[0]}' is no name for files; leave out / and \\")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,13 +266,33 @@ class RunConfig:
         for name, count in counts.items():
             if count < 1:
                 raise InputError(f"{name} must be at least 1, got {count}")
+        if odd := next(_not_finite(asdict(self), ""), None):
+            raise InputError(f"{odd[0]} must be a finite number, got {odd[1]}; checkpoints and logs hold no other")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise InputError(f"peak_tflops must be above 0, got {self.peak_tflops}")
+        if self.latent_channels is not None and self.latent_channels < 1:
+            raise InputError(f"latent_channels must be at least 1, got {self.latent_channels}")
+        if self.start.gaussians is not None and self.gaussians is None:
+            raise InputError("start.gaussians names a decoder, but gaussians gives no sizes of one; set gaussians")
         if self.perceptual_images is not None and self.perceptual_images < 1:
             raise InputError(f"perceptual_images must be at least 1, got {self.perceptual_images}; weights of 0 end it")
         if self.fp8 is not None and self.precision == "fp32":
             raise InputError("fp8 stands among bfloat16 layers, but precision is fp32; set precision=bf16 or fp8=null")
-        if self.seed < 0:
-            raise InputError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
         network_config(self)
+
+
+def _not_finite(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Numbers that are infinite or NaN, with their dotted names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _not_finite(part, f"{name}[{number}]")
 
 
 def network_config(config: RunConfig) -> ATokenConfig:
@@ -276,6 +312,6 @@ def network_config(config: RunConfig) -> ATokenConfig:
     return replace(
         sizes,
         name=config.name,
-        latent_channels=config.latent_channels or sizes.latent_channels,
+        latent_channels=sizes.latent_channels if config.latent_channels is None else config.latent_channels,
         quantizer=config.quantizer or sizes.quantizer,
     )

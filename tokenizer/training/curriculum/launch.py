@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenizer.atomic import remove_leftovers
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
 from tokenizer.losses.networks import ImageNetwork, make_image_network
@@ -22,6 +24,7 @@ from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints, n
 from tokenizer.training.curriculum.config import RunConfig, network_config
 from tokenizer.training.curriculum.engine import Engine
 from tokenizer.training.curriculum.flops import Work, measured_peak
+from tokenizer.training.curriculum.lock import only_run
 from tokenizer.training.curriculum.loop import Loop
 from tokenizer.training.curriculum.meeting import one_voice, process_group
 from tokenizer.training.curriculum.model import TrainedModel
@@ -72,8 +75,10 @@ MakeEngine = Callable[[TrainedModel, Objective, RunConfig, Processes, torch.devi
 def torch_engine(
     model: TrainedModel, objective: Objective, config: RunConfig, processes: Processes, device: torch.device
 ) -> Engine:
-    """The plain engine that `config.engine` names."""
-    layout = config.engine if config.engine != "auto" else ("ddp" if processes.many else "single")
+    """The plain engine that `config.engine` names; a process that is alone has nobody to share with."""
+    layout = config.engine if config.engine != "auto" else "ddp"
+    if not processes.many:
+        layout = "single"
     return TorchEngine(model, objective, config, processes, device, layout)
 
 
@@ -105,8 +110,9 @@ def train(
             records.say(f"fitting linear codes to {config.start.patches} patches of each sort: minutes, once in a run")
             return training_batches(config)
 
-        # A run that goes on has its linear codes in its checkpoint.
-        goes_on = newest_good(folder / CHECKPOINTS) is not None
+        # A run that goes on has its linear codes in its checkpoint. One process looks: checksums read all of it.
+        newest = newest_good(folder / CHECKPOINTS) if processes.first else None
+        goes_on = processes.from_first(newest is not None)
         model = starting_model(config, tower, None if goes_on else patches_to_fit)
         # Counted before FSDP2 replaces the parameters by shares of them.
         work = Work(model)
@@ -139,7 +145,10 @@ def train(
             gaussians=model.gaussians,
             alignment=config_to_dict(model.alignment.config) if model.alignment is not None else None,
         )
-        return loop.run()
+        with only_run(folder) if processes.first else nullcontext():
+            if processes.first:
+                remove_leftovers(folder)
+            return loop.run()
     finally:
         source.close()
 
@@ -210,7 +219,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device '{name}'; use cpu or cuda") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device '{name}'; use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here; use --device cpu")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:

@@ -7,6 +7,7 @@ gives, bit for bit on a CPU, what it would have given.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from tokenizer.training.curriculum.pictures import Pair, pairs_of, save_sheet
 from tokenizer.training.curriculum.preparation import Prepared, Preparer
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.records import Records
-from tokenizer.training.curriculum.start import MODEL
+from tokenizer.training.curriculum.start import MODEL, STEPS
 from tokenizer.training.curriculum.tasks import is_understanding
 from tokenizer.training.curriculum.validation import Validation
 from tokenizer.training.feeding import StepBatch, StepSource
@@ -40,10 +41,12 @@ PICTURES, BAD_STEPS = "pictures", "bad-steps"
 MAY_CHANGE = frozenset(
     {"steps", "out", "data", "validation", "log", "checkpoint", "accumulation", "engine", "max_bad_steps"}
     | {"peak_tflops", "start", "megatron", "fp8", "compile", "recompute", "attention"}
+    | {f"optimizer.{name}" for name in ("lr", "min_lr", "plain_lr", "warmup", "schedule", "decay_fraction")}
+    | {f"optimizer.{name}" for name in ("weight_decay", "max_grad_norm", "ema", "ema_warmup")}
 )
 """Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say. FP8
 is how products are rounded, not what is trained: a run may end in bfloat16, or go on in FP8 after a careful start; and
-which kernels compute, and when, is up to the machine that it goes on with."""
+which kernels compute, and when, is up to the machine that it goes on with. Rates may be lowered where steps failed."""
 
 
 @dataclass(slots=True)
@@ -59,6 +62,19 @@ class Progress:
     bad_row: int = 0
     bad: int = 0
     best: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Interval:
+    """Steps of this process since the last line of the logs, without what else is done between them.
+
+    tokens, work: trained on, and operations. seconds: of the steps. waited: of these for data.
+    """
+
+    tokens: float = 0.0
+    work: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 class Loop:
@@ -95,8 +111,7 @@ class Loop:
         self.work, self.peak, self.gaussians, self.alignment = work, peak, gaussians, alignment
         self.settings = config_to_dict(config)
         self.progress = Progress()
-        self._interval = [0.0, 0.0]  # tokens and operations of this process since the last line of the logs
-        self._since = time.perf_counter()
+        self._interval = _Interval()
         self._saved = -1
 
     def run(self) -> int:
@@ -122,19 +137,44 @@ class Loop:
             if stopped and progress.step < self.config.steps:
                 self.records.say(f"stopped after step {progress.step}; start again to go on")
                 return exit_status(stopped)
-            self.engine.save_model(self.folder / MODEL)
-            self.processes.wait()
+            self._judge()
+            self._save_model()
         return 0
+
+    def _judge(self) -> None:
+        """Of a run whose steps were mostly skipped nothing has been learned."""
+        progress = self.progress
+        if 2 * progress.bad > progress.step:
+            raise InputError(
+                f"{progress.bad} of {progress.step} steps had a loss or gradient that is not finite; their batches are "
+                f"in {self.folder / BAD_STEPS}, no model is written"
+            )
+        if progress.bad:
+            self.records.say(f"{progress.bad} of {progress.step} steps were not finite and were skipped")
+
+    def _save_model(self) -> None:
+        path = self.folder / MODEL
+        if self.processes.first:
+            with atomic_path(path) as new:
+                self.engine.save_model(new)
+                (new / STEPS).write_text(json.dumps({"steps": self.progress.step}), encoding="utf-8")
+            self.records.say(f"wrote {path}")
+        else:
+            self.engine.save_model(path)
+        self.processes.wait()
 
     # ------------------------------------------------------------------ a step
 
     def _step(self) -> None:
-        step = self.progress.step
-        turns = [self._next(step) for _ in range(self.config.accumulation)]
+        step, began = self.progress.step, time.perf_counter()
+        turns = self._turns(step)
+        waited = time.perf_counter() - began
         prepared = self.preparer(turns, step)
         losses = self.engine.forward_backward(prepared)
         outcome = self.engine.clip_and_step(step, losses["loss"])
         self._count(prepared)
+        self._interval.waited += waited
+        self._interval.seconds += time.perf_counter() - began
         self.progress.step += 1
         if outcome.done:
             self.progress.bad_row = 0
@@ -146,19 +186,30 @@ class Loop:
         if self.progress.step % self.config.validation.every == 0 or self.progress.step == self.config.steps:
             self._validate()
 
-    def _next(self, step: int) -> Sequence[StepBatch]:
+    def _turns(self, step: int) -> list[Sequence[StepBatch]]:
+        """What the loader gives for a step.
+
+        Raises:
+            InputError: the data ended or cannot be read, here or in another process; all that was done is saved first.
+        """
+        before = self.source.state_dict()
+        turns, failure = [], None
         try:
-            return next(self.source)
+            turns = [next(self.source) for _ in range(self.config.accumulation)]
         except StopIteration:
-            raise InputError(
-                f"the training data ended after {step} steps; let its sources have epochs without end"
-            ) from None
+            failure = InputError(f"the training data ended after {step} steps; let its sources have epochs without end")
+        except InputError as error:
+            failure = error
+        if self.processes.largest(float(failure is not None)):
+            self._save(before)
+            raise failure or InputError(f"another process has no data for step {step}")
+        return turns
 
     def _count(self, prepared: Sequence[Prepared]) -> None:
         counted = [part for part in prepared if part.share]
         self.progress.tokens += int(sum({part.task: part.totals.tokens for part in counted}.values()))
-        self._interval[0] += sum(part.patches.places().num_tokens for part in counted)
-        self._interval[1] += sum(self.work.of(part.patches.places(), part.task) for part in counted)
+        self._interval.tokens += sum(part.patches.places().num_tokens for part in counted)
+        self._interval.work += sum(self.work.of(part.patches.places(), part.task) for part in counted)
 
     def _bad_step(self, step: int, prepared: Sequence[Prepared]) -> None:
         """Count a step that was not finite, keep its batches, and stop after too many in a row."""
@@ -172,15 +223,16 @@ class Loop:
         if progress.bad_row >= self.config.max_bad_steps:
             self._save()
             raise InputError(
-                f"{progress.bad_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
-                f"optimizer.lr or look at the batches in {path.parent}"
+                f"{progress.bad_row} steps in a row up to step {step} had a loss or gradient that is not finite; start "
+                f"again with a lower optimizer.lr, or look at the batches in {path.parent}"
             )
 
     # ------------------------------------------------------------------ what people see
 
     def _log(self, losses: dict[str, float], outcome: Outcome) -> None:
         progress = self.progress
-        self.records.advance(progress.step, f"loss {losses['loss']:.4f}")
+        note = f"loss {losses['loss']:.4f}"
+        self.records.advance(progress.step, note)
         if progress.step % self.config.log.every and progress.step != self.config.steps:
             return
         packing = self._packing()
@@ -195,18 +247,19 @@ class Loop:
                 "bad steps": progress.bad,
             },
         )
-        seconds = time.perf_counter() - self._since
-        tokens, work = self.processes.sum(self._interval)
+        seconds = self._interval.seconds
+        tokens, work = self.processes.sum([self._interval.tokens, self._interval.work])
         self.records.speed(
             progress.step,
             {
                 "seconds": seconds,
                 "tokens a second": tokens / seconds,
                 "utilisation": work / seconds / self.peak / self.processes.world,
-                "data wait": self.processes.largest(self.source.wait_share()),
+                "data wait": self.processes.largest(self._interval.waited / seconds),
             },
         )
-        self._interval, self._since = [0.0, 0.0], time.perf_counter()
+        self.records.report(progress.step, f"{note}, {tokens / seconds:,.0f} tokens/s")
+        self._interval = _Interval()
 
     def _packing(self) -> dict[str, float]:
         """How much of the batches is left free by task, and how many samples were too large for any, if some were."""
@@ -251,14 +304,15 @@ class Loop:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _save(self) -> None:
+    def _save(self, loader: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint, with the loader as it was, or else as it is."""
         if self._saved == self.progress.step:
             return
         tensors = self.engine.state_dict()
         if isinstance(self.engine, ShardedEngine):
             self.engine.save_shards(self.checkpoints.pending(self.progress.step))
         chance = self.processes.gather(torch.get_rng_state())
-        loaders = self.processes.gather(self.source.state_dict())
+        loaders = self.processes.gather(loader or self.source.state_dict())
         if self.processes.first:
             progress = self.progress
             loop = {
@@ -294,10 +348,12 @@ class Loop:
             self._saved = self.progress.step
             self.records.say(f"going on from step {self.progress.step}")
         self.records.start(self.progress.step)
-        self._since = time.perf_counter()
 
     def _check_settings(self, path: Path, then: dict[str, Any]) -> None:
-        changed = [name for name in changed_settings(self.config, then) if name.split(".")[0] not in MAY_CHANGE]
+        different = changed_settings(self.config, then)
+        if rates := [name for name in different if name.startswith("optimizer.") and name in MAY_CHANGE]:
+            self.records.say(f"other than before: {', '.join(rates)}")
+        changed = [name for name in different if not {name, name.split(".")[0]} & MAY_CHANGE]
         if changed:
             raise InputError(
                 f"{path} belongs to a run with other settings ({', '.join(changed)}); choose another out= folder or "

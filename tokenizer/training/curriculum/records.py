@@ -1,4 +1,4 @@
-"""What a run writes down: two JSONL files, TensorBoard where it is installed, and a progress bar.
+"""What a run writes down: two JSONL files, TensorBoard where it is installed, and a progress bar, or lines.
 
     out/metrics.jsonl    what a step did: losses, norms, rates, tokens, packing, validation. A run that was killed and
                          goes on writes the same lines as one that was not.
@@ -13,7 +13,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
+
+PATIENCE = 30.0
+"""Seconds between two lines where there is no bar."""
 
 METRICS, SPEED, TENSORBOARD = "metrics.jsonl", "speed.jsonl", "tensorboard"
 
@@ -56,6 +61,7 @@ class Records:
         self._bar.disable = not active or not self.console.is_terminal
         self._task = self._bar.add_task(name, total=steps, note="")
         self._board: Any = None
+        self._first, self._began, self._next_line = 0, time.monotonic(), 0.0
 
     def start(self, step: int) -> None:
         """Begin after `step` steps."""
@@ -72,6 +78,7 @@ class Records:
             writer: Any = SummaryWriter
             self._board = writer(str(self.folder / TENSORBOARD), purge_step=step + 1)
         self._bar.update(self._task, completed=step)
+        self._first, self._began = step, time.monotonic()
 
     def __enter__(self) -> Records:
         self._bar.start()
@@ -97,6 +104,15 @@ class Records:
     def advance(self, step: int, note: str) -> None:
         """Move the bar to `step` steps."""
         self._bar.update(self._task, completed=step, note=note)
+
+    def report(self, step: int, note: str) -> None:
+        """Where there is no terminal for a bar: a line every `PATIENCE` seconds, for the log of a cluster's job."""
+        now = time.monotonic()
+        if self.console.is_terminal or (now < self._next_line and step != self.steps):
+            return
+        self._next_line = now + PATIENCE
+        left = (now - self._began) / max(1, step - self._first) * (self.steps - step)
+        self.say(f"step {step} of {self.steps}: {note}, {timedelta(seconds=round(left))} left")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line of what is the same in every run of these settings."""
@@ -136,7 +152,7 @@ def forget_log_after(path: Path, step: int) -> None:
     """Drop from a JSONL log what a stopped run wrote after its last state, of `step` steps; those steps come again."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line for line in lines if _precedes(line, step)), encoding="utf-8")
 
@@ -145,7 +161,7 @@ def _precedes(line: str, step: int) -> bool:
     """Whether a line of the log is whole and belongs to what a state of `step` steps holds."""
     try:
         return step > 0 and int(json.loads(line)["step"]) <= step
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, KeyError):  # half a line, or something else
         return False
 
 

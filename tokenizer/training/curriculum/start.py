@@ -10,7 +10,7 @@ import torch
 
 from tokenizer.api import AToken
 from tokenizer.checkpoints import WEIGHTS_FILE, bundled_models
-from tokenizer.config import parse_config
+from tokenizer.config import parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.gaussians.checkpoints import SUBFOLDER as GAUSSIANS
 from tokenizer.gaussians.checkpoints import load_gaussian_decoder
@@ -20,7 +20,7 @@ from tokenizer.model.atoken import ATokenNetwork, draw_linear
 from tokenizer.model.config import ATokenConfig
 from tokenizer.text.alignment import SUBFOLDER, AlignmentConfig, TextAlignment, load_text_alignment
 from tokenizer.text.protocol import TextTower
-from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, newest_good, read_weights
+from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, newest_good, read_weights, step_of
 from tokenizer.training.curriculum.codes import sample_patches
 from tokenizer.training.curriculum.config import RunConfig, TextConfig, network_config
 from tokenizer.training.curriculum.model import Imitation, TrainedModel
@@ -31,6 +31,9 @@ from tokenizer.training.initialise import start_from_linear_codes
 
 MODEL = "model"
 """Folder in that of a run with what came out: averaged weights."""
+
+STEPS = "steps.json"
+"""File in there: after how many steps, {"steps": N}."""
 
 Batches = Callable[[], Iterable[StepBatch]]
 """Opens the training data once more, to fit linear codes to it."""
@@ -51,29 +54,34 @@ def starting_model(config: RunConfig, tower: TextTower | None, batches: Batches 
     Args:
         config: the run.
         tower: its text tower.
-        batches: for linear codes that are fitted; None leaves them as they are, for weights that come later.
+        batches: for linear codes that are fitted. None where the weights come later, from a checkpoint of this run:
+            nothing is fitted or read, so that where a run started from may be gone.
 
     Raises:
-        InputError: weights that are missing, damaged or of another model.
+        InputError: weights that are missing, damaged or of another model, or linear codes for a model without.
     """
     generator = torch.Generator().manual_seed(config.seed)
     sizes = network_config(config)
+    if sizes.skip is None and (config.start.kind == "codes" or config.start.refit):
+        raise InputError("start.kind=codes and start.refit fit linear codes, which this model has none of; leave them")
     previous = None
-    if config.start.kind == "model":
+    if batches is None:
+        network = ATokenNetwork(sizes)
+    elif config.start.kind == "model":
         previous = load_previous(str(config.start.source))
         network = _adapted(previous.network, sizes, str(config.start.source), generator)
-        if config.start.refit and batches is not None:
+        if config.start.refit:
             refit_codes(network, *_patches(config, sizes, batches), config.start.iterations, generator)
     else:
         network = ATokenNetwork(sizes)
         network.reset_parameters(generator)
-    if config.start.kind == "siglip2":
+    if batches is not None and config.start.kind == "siglip2":
         start_from_siglip2(network.encoder, sizes.patch_size, str(config.start.source))
-    if config.start.kind == "codes" and batches is not None:
+    if batches is not None and config.start.kind == "codes":
         stills, clips = _patches(config, sizes, batches)
         start_from_linear_codes(network, stills, clips, config.start.iterations, generator)
     alignment = _alignment(config, tower, sizes.encoder.width, previous, generator)
-    gaussians = _gaussians(config, previous, generator)
+    gaussians = _gaussians(config, previous, generator, comes_later=batches is None)
     imitation = None
     if config.loss.imitation:
         imitation = Imitation(sizes.encoder.width, config.choices.imitated_width)
@@ -89,22 +97,32 @@ def _patches(config: RunConfig, sizes: ATokenConfig, batches: Batches) -> tuple[
 
 
 def load_previous(source: str) -> Previous:
-    """What a run's folder, a model's folder or a bundled name holds; of a run that did not end, its last checkpoint.
+    """What a run's folder, a model's folder or a bundled name holds.
+
+    Of a run that did not end, or has gone on since, its last checkpoint.
 
     Raises:
         InputError: nothing there, or unreadable.
     """
     folder = Path(source)
-    if (folder / MODEL / WEIGHTS_FILE).is_file():
-        folder = folder / MODEL
-    elif (folder / CHECKPOINTS).is_dir():
+    has_model, has_checkpoints = (folder / MODEL / WEIGHTS_FILE).is_file(), (folder / CHECKPOINTS).is_dir()
+    if has_checkpoints and not (has_model and _is_newest(folder)):
         return _from_checkpoint(folder)
+    if has_model:
+        folder = folder / MODEL
     model = AToken.from_pretrained(source if source in bundled_models() else folder, dtype=torch.float32)
     network = ATokenNetwork(model.config)
     network.load_state_dict(model.state_dict())
     gaussians = model.gaussian_decoder
     aligned = (folder / SUBFOLDER).is_dir()
     return Previous(network, load_text_alignment(folder) if aligned else None, gaussians)
+
+
+def _is_newest(run: Path) -> bool:
+    """Whether no checkpoint of a run is of more steps than its model, where that says how many it is of."""
+    path = run / MODEL / STEPS
+    newest = newest_good(run / CHECKPOINTS) if path.is_file() else None
+    return newest is None or step_of(newest) <= int(read_mapping(path)["steps"])
 
 
 def _from_checkpoint(run: Path) -> Previous:
@@ -192,11 +210,13 @@ def _alignment(
     return alignment
 
 
-def _gaussians(config: RunConfig, previous: Previous | None, generator: torch.Generator) -> GaussianDecoder | None:
+def _gaussians(
+    config: RunConfig, previous: Previous | None, generator: torch.Generator, *, comes_later: bool
+) -> GaussianDecoder | None:
     if config.gaussians is None:
         return None
     decoder = GaussianDecoder(config.gaussians)
-    if config.start.gaussians is not None:
+    if config.start.gaussians is not None and not comes_later:
         decoder.load_state_dict(_trained_gaussians(config.start.gaussians, config.gaussians).state_dict())
     elif previous is not None and previous.gaussians is not None and previous.gaussians.config == config.gaussians:
         decoder.load_state_dict(previous.gaussians.state_dict())
