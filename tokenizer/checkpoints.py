@@ -10,6 +10,7 @@ the size of the result plus one tensor.
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,7 @@ def load_network(
     Args:
         source: name, folder, or released .pt / .safetensors file.
         config: for a released file whose configuration is not beside it.
-        dtype: float32, bfloat16 or float16; by default that of the file.
+        dtype: float32, bfloat16 or float16; by default that of the file, of several the widest.
         device: where the parameters go; each tensor goes there straight from the file.
 
     Raises:
@@ -185,6 +186,10 @@ class FileTensors(Mapping[str, Tensor]):
         """Without reading a tensor: a mapped one is read where it is touched."""
         return {name: tuple(self._file[name].shape) for name in self._file}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Without reading a tensor either."""
+        return {name: self._file[name].dtype for name in self._file}
+
     @property
     def metadata(self) -> dict[str, str]:
         return self._file.metadata if isinstance(self._file, _Safetensors) else {}
@@ -255,6 +260,9 @@ def fill(
         for name, parameter in network.state_dict().items()
     }
     _compare({name: shapes[name] for name in names}, wanted, where, config.name)
+    if dtype is None:
+        stored_as = file.dtypes() if file else {name: tensor.dtype for name, tensor in tensors.items()}
+        dtype = _widest({stored_as[name] for name in names}, where)
     samples, half = {}, False
     for theirs, ours in names.items():
         stored = tensors[theirs]
@@ -271,6 +279,18 @@ def fill(
         digest = file.metadata.get(_DIGEST, digest)
     network.remember_digest(digest)
     return network.eval()
+
+
+def _widest(dtypes: set[torch.dtype], where: str) -> torch.dtype | None:
+    """The type that holds what all of these do, since layers compute in one; None where they are one already."""
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    if len(floats) < 2:
+        return None
+    try:
+        return functools.reduce(torch.promote_types, floats)
+    except RuntimeError:  # float8 is promoted to nothing
+        listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats))
+        raise InputError(f"{where}: weights are of several types ({listed}); say which one to load them in") from None
 
 
 def _compare(

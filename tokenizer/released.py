@@ -47,8 +47,9 @@ NAMES: tuple[tuple[str, str], ...] = (
 )
 """Every name of the network beside its released name."""
 
-IGNORED_PREFIXES = ("lpips_loss.",)
-"""Parameters that released training classes carry along and no model needs (FORMAT 15.11)."""
+IGNORED_PREFIXES = ("lpips_loss.", "logit_scale", "logit_bias")
+"""Parameters that released training classes carry along and no model needs (FORMAT 15.11), and the two constants of
+similarities with texts, which are parameters in checkpoints of the first release (FORMAT 12)."""
 
 _CONFIG_KEYS = frozenset(
     [
