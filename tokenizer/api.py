@@ -104,14 +104,14 @@ class AToken(ATokenNetwork):
         Raises:
             InputError: nothing there, unreadable, or not fitting its configuration (bad keys are listed).
         """
-        from tokenizer.checkpoints import find_model, load_network
+        from tokenizer.checkpoints import find_model, holds_model, load_network
 
         named = source if isinstance(source, str) else Path(source)
         model = load_network(cls, named, config=config, dtype=dtype, device=device)
         folder = find_model(named)
-        if (folder / "gaussians").is_dir():
+        if holds_model(folder / "gaussians"):
             model.load_gaussian_decoder(folder / "gaussians", dtype=dtype)
-        if (folder / "text_alignment").is_dir():
+        if holds_model(folder / "text_alignment"):
             from tokenizer.text.alignment import load_text_alignment
 
             object.__setattr__(model, "text_alignment", load_text_alignment(folder, device))
@@ -133,18 +133,20 @@ class AToken(ATokenNetwork):
 
     def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, both or neither, and then what there is besides:
-        the Gaussian decoder into `gaussians` below it, and what compares with texts into `text_alignment`."""
-        from tokenizer.checkpoints import save_network
+        the Gaussian decoder into `gaussians` below it, and what compares with texts into `text_alignment`. What this
+        model has not, an earlier one in the folder loses; files of others stay."""
+        from tokenizer.checkpoints import save_network, without_parts
+        from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
+        from tokenizer.text import alignment
 
-        save_network(self, Path(folder), dtype)
+        folder = Path(folder)
+        parts = {folder / SUBFOLDER: self.gaussian_decoder, folder / alignment.SUBFOLDER: self.text_alignment}
+        with without_parts(path for path, part in parts.items() if part is None):
+            save_network(self, folder, dtype)
         if self.gaussian_decoder is not None:
-            from tokenizer.gaussians.checkpoints import SUBFOLDER, save_gaussian_decoder
-
-            save_gaussian_decoder(self.gaussian_decoder, Path(folder) / SUBFOLDER, dtype)
+            save_gaussian_decoder(self.gaussian_decoder, folder / SUBFOLDER, dtype)
         if self.text_alignment is not None:
-            from tokenizer.text.alignment import save_text_alignment
-
-            save_text_alignment(self.text_alignment, folder)
+            alignment.save_text_alignment(self.text_alignment, folder)
 
     def load_gaussian_decoder(self, source: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Load what turns decoded voxels into Gaussians, from a folder or a released file.

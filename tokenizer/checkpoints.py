@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokenizer.api import AToken
-from tokenizer.atomic import atomic_path
+from tokenizer.atomic import atomic_path, temporary_beside
 from tokenizer.config import config_to_dict, parse_config, read_mapping
 from tokenizer.errors import InputError
 from tokenizer.fingerprint import sample, weights_digest
@@ -120,6 +121,34 @@ def save_network(network: ATokenNetwork, folder: str | Path, dtype: torch.dtype 
         with atomic_path(folder) as new:
             new.mkdir()
             _write(network, new / CONFIG_FILE, new / WEIGHTS_FILE, dtype)
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a file of a model in `folder`; where only one of two is, reading it says so."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+@contextmanager
+def without_parts(parts: Iterable[Path]) -> Iterator[None]:
+    """Remove `parts`, folders of models inside a model's folder, when the block succeeds, and leave all of them else.
+
+    Only our own files go, and the folder itself once it is empty; of a link to a folder only the link.
+    """
+    aside: dict[Path, Path] = {}
+    try:
+        for part in parts:
+            for file in (part,) if part.is_symlink() else (part / CONFIG_FILE, part / WEIGHTS_FILE):
+                if file.is_symlink() or file.is_file():
+                    aside[file] = file.rename(temporary_beside(file))
+        yield
+    except BaseException:
+        for file, hidden in aside.items():
+            hidden.rename(file)
+        raise
+    for file, hidden in aside.items():
+        hidden.unlink()
+        if file.name in (CONFIG_FILE, WEIGHTS_FILE) and not any(file.parent.iterdir()):
+            file.parent.rmdir()
 
 
 def _write(network: ATokenNetwork, config: Path, weights: Path, dtype: torch.dtype | None) -> None:

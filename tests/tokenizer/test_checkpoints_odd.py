@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.tokenizer.test_checkpoints import CONFIGS, random_model, refused, same_bytes
-from tokenizer import AToken
+from tests.conftest import TINY_GAUSSIANS
+from tests.tokenizer.test_checkpoints import CONFIGS, contents, random_model, refused, same_bytes
+from tokenizer import AToken, checkpoints
+from tokenizer.gaussians import GaussianDecoder
 from tokenizer.released import config_to_released, to_released
 from tokenizer.tensorio import write_pt
+from tokenizer.text.alignment import AlignmentConfig, TextAlignment
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -76,3 +81,80 @@ def test_weights_of_types_that_mix_in_none(tmp_path: Path) -> None:
         f"{tmp_path}/model.safetensors: weights are of several types (float32, float8_e4m3fn); say which one to load "
         "them in"
     )
+
+
+# ---------------------------------------------------------------------- a folder that held another model
+
+
+def complete(seed: int) -> AToken:
+    """A model with a Gaussian decoder and a text alignment."""
+    model = random_model(CONFIGS["continuous"])
+    inputs = CONFIGS["continuous"].patch_size[1] * CONFIGS["continuous"].patch_size[2] * 3
+    decoder = GaussianDecoder(replace(TINY_GAUSSIANS, inputs=inputs))
+    decoder.reset_parameters(torch.Generator().manual_seed(seed))
+    model.use_gaussian_decoder(decoder)
+    config = AlignmentConfig(width=32, text_width=8, tower="minilm", tower_name="some tower")
+    alignment = TextAlignment(config)
+    alignment.reset_parameters(torch.Generator().manual_seed(seed))
+    object.__setattr__(model, "text_alignment", alignment)
+    return model
+
+
+def lacking(*parts: str) -> AToken:
+    model = complete(seed=2)
+    for part in parts:
+        object.__setattr__(model, part, None)
+    return model
+
+
+@pytest.mark.parametrize("parts", [("gaussian_decoder",), ("text_alignment",), ("gaussian_decoder", "text_alignment")])
+def test_saving_takes_no_parts_over_from_an_earlier_model(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    complete(seed=1).save_pretrained(tmp_path)
+    model = lacking(*parts)
+    model.save_pretrained(tmp_path)
+    loaded = AToken.from_pretrained(tmp_path)
+    for part in ("gaussian_decoder", "text_alignment"):
+        mine, found = getattr(model, part), getattr(loaded, part)
+        assert (found is None) == (part in parts)
+        assert mine is None or same_bytes(found.state_dict(), mine.state_dict())
+    folders = {"gaussian_decoder": "gaussians", "text_alignment": "text_alignment"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        folder for part, folder in folders.items() if part not in parts
+    }
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_files_of_others_stay_when_parts_go(tmp_path: Path) -> None:
+    complete(seed=1).save_pretrained(tmp_path / "other")
+    linked = contents(tmp_path / "other")
+    complete(seed=1).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/gaussians/notes.txt").write_text("mine")
+    shutil.rmtree(tmp_path / "model/text_alignment")
+    (tmp_path / "model/text_alignment").symlink_to(tmp_path / "other/text_alignment")
+    lacking("gaussian_decoder", "text_alignment").save_pretrained(tmp_path / "model")
+    assert sorted(contents(tmp_path / "model")) == ["config.json", "gaussians/notes.txt", "model.safetensors"]
+    assert not (tmp_path / "model/text_alignment").is_symlink()
+    assert contents(tmp_path / "other") == linked
+    loaded = AToken.from_pretrained(tmp_path / "model")
+    assert (loaded.gaussian_decoder, loaded.text_alignment) == (None, None)
+
+
+def test_a_model_that_cannot_be_saved_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(seed=1).save_pretrained(tmp_path)
+    before = contents(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        lacking("gaussian_decoder", "text_alignment").save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_half_a_part_is_refused(tmp_path: Path) -> None:
+    for part in ("gaussians", "text_alignment"):
+        complete(seed=1).save_pretrained(tmp_path)
+        (tmp_path / part / "config.json").unlink()
+        assert "config.json is missing" in refused(lambda: AToken.from_pretrained(tmp_path))
+        complete(seed=1).save_pretrained(tmp_path)
