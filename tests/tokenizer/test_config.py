@@ -14,7 +14,8 @@ from data.config import DataConfig
 from tokenizer.checkpoints import bundled_models
 from tokenizer.config import changed_settings, config_to_dict, load_config, parse_config, read_mapping
 from tokenizer.errors import InputError
-from tokenizer.fp8.config import MOST_MARGIN, FP8Config
+from tokenizer.fp8.config import FP8Config
+from tokenizer.megatron.config import MOST_MARGIN
 from tokenizer.model.config import CONFIGS, NANO, ATokenConfig, FSQConfig
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.gaussian_trainer import GaussianTrainConfig

@@ -38,6 +38,7 @@ FP8 = {"transformer_impl": "transformer_engine", "bf16": True, "fp8_format": "hy
         ({**FP8, "num_layers_at_start_in_bf16": 1}, "'tensorwise'"),
         ({"num_layers_at_end_in_bf16": 1}, "need an fp8_format"),
         ({"recompute_granularity": "full"}, "it needs both"),
+        ({"fp8_margin": -3000}, "fp8_margin must be from 0 to 14, got -3000"),
         ({"fp8_formatt": "hybrid"}, "did you mean 'fp8_format'"),
     ],
 )

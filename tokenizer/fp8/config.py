@@ -10,9 +10,6 @@ from tokenizer.megatron.config import ParallelConfig
 
 Backend = Literal["transformer_engine", "torchao", "triton", "emulated"]
 
-MOST_MARGIN = 14
-"""Powers of two between E4M3's largest number, 448, and its smallest normal one, 2^-6: with more, all is subnormal."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FP8Config:
@@ -49,10 +46,6 @@ class FP8Config:
     def __post_init__(self) -> None:
         if self.fp8_amax_history_len < 1:
             raise InputError(f"fp8_amax_history_len must be at least 1, got {self.fp8_amax_history_len}")
-        if not 0 <= self.fp8_margin <= MOST_MARGIN:
-            raise InputError(
-                f"fp8_margin must be from 0 to {MOST_MARGIN}, got {self.fp8_margin}: powers of two to spare"
-            )
         if self.backend == "torchao" and self.fp8_recipe == "delayed":
             raise InputError("torchao has no delayed scaling; use fp8_recipe tensorwise or another backend")
         self.megatron()
@@ -61,7 +54,7 @@ class FP8Config:
         """The same choices as Megatron's options: what is impossible there is refused here too.
 
         Raises:
-            InputError: negative numbers of blocks, or the delayed recipe with blocks in bfloat16.
+            InputError: a margin that leaves no number, negative numbers of blocks, or the delayed recipe with blocks in bfloat16.
         """
         return ParallelConfig(bf16=True, **self._options())
 

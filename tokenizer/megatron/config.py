@@ -13,6 +13,9 @@ from tokenizer.errors import InputError
 from tokenizer.megatron.fp8 import check_fp8_shapes
 from tokenizer.model.config import ATokenConfig, TransformerConfig
 
+MOST_MARGIN = 14
+"""Powers of two between E4M3's largest number, 448, and its smallest normal one, 2^-6: with more, all is subnormal."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
@@ -78,6 +81,10 @@ class ParallelConfig:
             raise InputError("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
 
     def _check_fp8(self) -> None:
+        if not 0 <= self.fp8_margin <= MOST_MARGIN:
+            raise InputError(
+                f"fp8_margin must be from 0 to {MOST_MARGIN}, got {self.fp8_margin}: powers of two to spare"
+            )
         kept = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
         if min(kept) < 0:
             raise InputError(f"num_layers_at_start_in_bf16 and ..._end_in_bf16 must not be negative, got {kept}")

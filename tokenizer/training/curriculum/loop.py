@@ -128,6 +128,10 @@ class Loop:
             progress = self.progress
             if progress.step == 0:
                 self._validate()
+            if progress.step >= self.config.steps:
+                self.records.say(
+                    f"nothing is left to do: {progress.step} steps are done, and steps is {self.config.steps}"
+                )
             stopped = 0
             while progress.step < self.config.steps and not stopped:
                 self._step()
