@@ -226,7 +226,7 @@ def open_source(spec: str, captions: Mapping[str, Sequence[str]] | None = None) 
     if (store := open_store(path)) is not None:
         return store
     if path.is_dir():
-        from tokenizer.cli.assets import find_inputs
+        from tokenizer.cli.inputs import find_inputs
 
         return FileSource([(file.relative_to(path).as_posix(), file) for file in find_inputs(path)], spec, captions)
     if path.is_file():
