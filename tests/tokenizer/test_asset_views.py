@@ -169,6 +169,26 @@ def test_textures_give_texels_at_texel_centres(height: int, width: int, wrap: An
                                expected, atol=1e-4)  # fmt: skip
 
 
+@pytest.mark.parametrize("wrap", ["repeat", "clamp", "mirror"])
+def test_between_texels_textures_are_bilinear(wrap: Any) -> None:
+    """At every share of the way from one texel to the next, across and down, and over the edges."""
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 5, 4), dtype=np.uint8)
+    numbers = {"repeat": lambda i, n: i % n, "clamp": lambda i, n: min(max(i, 0), n - 1)}
+    numbers["mirror"] = lambda i, n: min(i % (2 * n), 2 * n - 1 - i % (2 * n))
+    places = [(x, y) for x in np.arange(-1.2, 6.0, 0.3) for y in np.arange(-1.1, 4.0, 0.35)]  # in texels' centres
+
+    def expected(x: float, y: float) -> Any:
+        total = np.zeros(4)
+        for column, row in ((math.floor(x) + i, math.floor(y) + j) for i in (0, 1) for j in (0, 1)):
+            share = (1 - abs(x - column)) * (1 - abs(y - row))
+            total += share * pixels[numbers[wrap](row, 3), numbers[wrap](column, 5)] / 255
+        return total
+
+    uv = np.array([((x + 0.5) / 5, 1 - (y + 0.5) / 3) for x, y in places])
+    found = MipMaps(Texture(pixels, wrap, wrap)).sample(uv, np.ones(len(uv), np.float32))
+    np.testing.assert_allclose(found, [expected(x, y) for x, y in places], atol=1e-5)
+
+
 def test_far_textures_are_averages() -> None:
     pixels = np.zeros((16, 16, 4), dtype=np.uint8)
     pixels[::2, ::2] = (255, 0, 0, 255)  # a quarter is red, the rest is transparent
