@@ -54,7 +54,7 @@ class FP8Config:
         """The same choices as Megatron's options: what is impossible there is refused here too.
 
         Raises:
-            InputError: a margin that leaves no number, negative numbers of blocks, or the delayed recipe with blocks in bfloat16.
+            InputError: a margin that leaves no number, negative numbers of blocks, or delayed scaling with some.
         """
         return ParallelConfig(bf16=True, **self._options())
 
