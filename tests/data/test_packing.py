@@ -226,3 +226,10 @@ def test_samples_and_settings_that_cannot_be_packed_are_refused() -> None:
         packer(buffer=0)
     with pytest.raises(InputError, match="'skip', 'alone' or 'refuse'"):
         packer(oversized="drop")  # type: ignore[arg-type]
+
+
+def test_no_more_of_equal_sizes_are_searched_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[list[int]] = []
+    monkeypatch.setattr("data.packing.best_subset", lambda sizes, _: searched.append(sizes) or [])  # type: ignore[func-returns-value]
+    fullest([10, *[7] * 50, *[31] * 50, *[30] * 50], 40)
+    assert searched == [[7] * 4 + [30]]
