@@ -45,7 +45,7 @@ class Version:
         if (tag and self.tag and tag != self.tag) or (modified and self.modified and modified != self.modified):
             return False
         # With nothing to be asked by, the server must have said the same again.
-        return bool(self.condition or tag)
+        return bool(self.condition or (tag and self.tag))
 
 
 def _is_compressed(headers: Mapping[str, str]) -> bool:

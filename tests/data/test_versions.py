@@ -113,7 +113,8 @@ def test_the_rest_of_the_same_version_is_read(
 @pytest.mark.parametrize(
     ("first", "rest", "shift", "heeds"),
     [
-        ({}, {}, 0, False),  # a server that names no version may send any
+        ({}, {}, 0, False),  # a server that names no version may send any, and is not asked
+        ({}, {"ETag": '"2"'}, 0, False),
         ({"ETag": '"1"'}, {"ETag": '"2"'}, 0, False),
         ({"ETag": '"1"'}, {"ETag": '"2"'}, 0, True),
         ({"Last-Modified": MONDAY}, {"Last-Modified": TUESDAY}, 0, True),
@@ -133,12 +134,15 @@ def test_the_rest_of_another_version_is_a_fault(
     assert error.cause == UNREACHABLE
     assert len(found) < 60
     assert right(found)
+    assert bool(server.asked) == bool(first)
 
 
 def test_lengths_and_compression_are_compared() -> None:
     version = Version.of({"ETag": '"1"', "Content-Length": "900"})
     assert version.has_rest({"Content-Range": "bytes 30-899/900"}, 30)
     assert version.has_rest({"Content-Range": "bytes 30-899/*"}, 30)
+    assert not version.has_rest({"ETag": '"1"'}, 30)
+    assert not Version("", "", "900").has_rest({"Content-Range": "bytes 30-899/900", "ETag": '"1"'}, 30)
     assert not version.has_rest({"Content-Range": "bytes 30-899/901"}, 30)
     assert not version.has_rest({"Content-Range": "bytes 30-899/900"}, 31)
     assert not version.has_rest({"Content-Range": "bytes 30-899/900", "Content-Encoding": "gzip"}, 30)
