@@ -33,7 +33,10 @@ def is_animation(path: Path) -> bool:
         return False
     with image:
         try:
-            return image.format in _ANIMATED_FORMATS and len(_frames(image)) > 1
+            if image.format not in _ANIMATED_FORMATS or not getattr(image, "is_animated", False):
+                return False
+            # Frames are counted only where that matters: a cut GIF has several, however many.
+            return not image.info.get("default_image") or len(_frames(image)) > 1
         except DECODING_ERRORS:
             return False
 
