@@ -139,7 +139,7 @@ def test_a_text_tower_is_its_weights_and_all_files_of_its_folder(tmp_path: Path)
             self.network = torch.nn.Linear(2, 3)
 
         def encode(self, texts: object) -> torch.Tensor:
-            raise AssertionError("facts need no text")
+            raise AssertionError(f"facts need no texts, not {texts}")
 
     tower = Tower()
     before = tower_facts(tower)

@@ -12,15 +12,17 @@ The average has a shorter memory while the rate warms up: at 0.9999 alone, four 
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tokenizer.errors import InputError
 from tokenizer.fp8.config import FP8Config
 from tokenizer.gaussians.config import GaussianDecoderConfig
 from tokenizer.losses.weights import LossChoices, LossWeights
+from tokenizer.megatron.config import ParallelConfig
 from tokenizer.model.config import CONFIGS, ATokenConfig, FSQConfig
 
 
@@ -216,7 +218,7 @@ class RunConfig:
     loader, data: name and settings of the training data, see `tokenizer.training.feeding`.
     max_bad_steps: steps in a row with a loss or gradient that is not finite, after which a run stops.
     peak_tflops: of one process's device at this precision, for the utilisation; measured by default.
-    megatron: layout for `tokenizer.megatron.pretrain`, see `tokenizer.megatron.config`; other engines ignore it.
+    megatron: layout for `tokenizer.megatron.pretrain`, see `tokenizer.megatron.config`; other engines know its keys alone.
     """
 
     name: str
@@ -268,6 +270,11 @@ class RunConfig:
                 raise InputError(f"{name} must be at least 1, got {count}")
         if odd := next(_not_finite(asdict(self), ""), None):
             raise InputError(f"{odd[0]} must be a finite number, got {odd[1]}; checkpoints and logs hold no other")
+        known = [option.name for option in fields(ParallelConfig)]
+        if unknown := sorted(self.megatron.keys() - set(known)):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+            raise InputError(f"megatron: unknown key '{unknown[0]}'{hint}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise InputError(f"peak_tflops must be above 0, got {self.peak_tflops}")
         if self.latent_channels is not None and self.latent_channels < 1:
