@@ -218,7 +218,7 @@ class RunConfig:
     loader, data: name and settings of the training data, see `tokenizer.training.feeding`.
     max_bad_steps: steps in a row with a loss or gradient that is not finite, after which a run stops.
     peak_tflops: of one process's device at this precision, for the utilisation; measured by default.
-    megatron: layout for `tokenizer.megatron.pretrain`, see `tokenizer.megatron.config`; other engines know its keys alone.
+    megatron: layout for `tokenizer.megatron.pretrain`, see `tokenizer.megatron.config`; others check its keys.
     """
 
     name: str
