@@ -46,6 +46,8 @@ run training-so400m-c-cudnn "${native[@]}" --model so400m-c --tokens 22528 --mic
     --out "$results/training-so400m-c-cudnn-$device.json"
 run training-base "${native[@]}" --model base --tokens 65536 --micro-batches 2 \
     --out "$results/training-base-$device.json"
+run training-base-engines python3 -m benchmarks.training --device cuda --apart --engines native megatron --model base \
+    --tokens 32768 --out "$results/training-base-engines-$device.json"
 if python3 -c 'import torch, transformer_engine.pytorch' 2>/dev/null; then
     run training-transformer-engine python3 -m benchmarks.training --device cuda --fp8 --fp8-recipe delayed --apart \
         --engines megatron --model base --tokens 32768 \
