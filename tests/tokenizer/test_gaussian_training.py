@@ -35,7 +35,8 @@ from tokenizer.training.asset_store import decoded_voxels, random_views, read_st
 from tokenizer.training.curriculum.curves import read_stages
 from tokenizer.training.gaussian_start import ABSENT, PRESENT, start_from_octants
 from tokenizer.training.gaussian_trainer import GaussianTrainConfig, GaussianTrainer
-from tokenizer.training.state import Progress, load_state
+from tokenizer.training.progress import Progress
+from tokenizer.training.state import load_state
 
 CONFIG = Path("configs/tokenizer/nano-gaussians.yaml")
 SMALL = GaussianDecoderConfig(
@@ -276,7 +277,7 @@ def test_many_steps_that_are_not_finite_end_the_run_with_its_state(
     assert load_state(again.folder, *again._parts()) == Progress(step=5, bad_row=2, bad=3)
     again.progress = Progress(step=6, bad_row=1, bad=4)
     with pytest.raises(InputError, match=r"^4 of 6 steps had a loss or gradient that is not finite; what they were"):
-        again._judge()
+        again.progress.judge(again.folder, again.records.say)
 
 
 def test_a_signal_saves_the_state_and_the_run_goes_on_exactly(

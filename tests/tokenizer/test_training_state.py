@@ -15,7 +15,8 @@ import torch
 from tests.tokenizer.test_checkpoints import contents, full_disk, refused
 from tokenizer.training.curriculum.optimization import Average
 from tokenizer.training.curriculum.records import forget_log_after
-from tokenizer.training.state import Progress, load_state, save_state
+from tokenizer.training.progress import Progress
+from tokenizer.training.state import load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"seed": 0, "steps": 5, "save_every": 2, "optimizer": {"lr": 1e-3}}

@@ -125,10 +125,6 @@ class StepSource(Protocol):
         """Go on from the states of all processes of the run that stopped."""
         ...
 
-    def wait_share(self) -> float:
-        """Share of the time since the last call that was spent waiting for batches."""
-        ...
-
     def close(self) -> None: ...
 
 

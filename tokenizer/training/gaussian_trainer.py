@@ -41,11 +41,11 @@ from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxe
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.interruption import Interruption, exit_status
 from tokenizer.training.curriculum.launch import choose_device
-from tokenizer.training.curriculum.loop import BAD_STEPS
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
 from tokenizer.training.curriculum.records import Records
 from tokenizer.training.gaussian_start import start_from_octants
-from tokenizer.training.state import Progress, load_state, save_state
+from tokenizer.training.progress import BAD_STEPS, Progress
+from tokenizer.training.state import load_state, save_state
 
 _PSNR = "validation/assets/psnr"
 
@@ -160,18 +160,9 @@ class GaussianTrainer:
                 self._save()
                 records.say(f"stopped after step {progress.step}; start again to go on")
                 return exit_status(interruption.signal)
-            self._judge()
+            progress.judge(self.folder, records.say)
         self.average.swap()
         return 0
-
-    def _judge(self) -> None:
-        """Of a run whose steps were mostly skipped nothing has been learned."""
-        progress = self.progress
-        found = f"{progress.bad} of {progress.step} steps had a loss or gradient that is not finite"
-        if 2 * progress.bad > progress.step:
-            raise InputError(f"{found}; what they were made on is in {self.folder / BAD_STEPS}, no decoder is written")
-        if progress.bad:
-            self.records.say(f"{found} and were skipped")
 
     def _parts(
         self,
@@ -236,9 +227,8 @@ class GaussianTrainer:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.average.update(step)
-            self.progress.bad_row = 0
         self.decoder.zero_grad(set_to_none=True)
-        self.progress.step += 1
+        self.progress.count(done)
         if not done:
             self._bad_step(step, asset, voxels, pictures, cameras)
         metrics = {
@@ -254,9 +244,8 @@ class GaussianTrainer:
     def _bad_step(
         self, step: int, asset: StoredAsset, voxels: SparseTokens, pictures: Tensor, cameras: Cameras
     ) -> None:
-        """Count a step that was not finite, keep what it was made on, and stop after too many in a row."""
+        """Keep what a step that was not finite was made on, and stop after too many in a row."""
         progress = self.progress
-        progress.bad, progress.bad_row = progress.bad + 1, progress.bad_row + 1
         path = self.folder / BAD_STEPS / f"step-{step:06d}.pt"
         kept = {
             "asset": str(asset.file),

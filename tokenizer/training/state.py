@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,9 @@ from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 from tokenizer.tensorio import write_pt
 from tokenizer.training.curriculum.optimization import Average
+from tokenizer.training.progress import Progress
 
 STATE_FILE = "state.pt"
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a run stands.
-
-    step: steps done. bad_row, bad: steps that were not finite, in a row up to now and in all.
-    """
-
-    step: int = 0
-    bad_row: int = 0
-    bad: int = 0
 
 
 def save_state(

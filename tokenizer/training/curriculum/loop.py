@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from tokenizer.training.curriculum.start import MODEL, STEPS
 from tokenizer.training.curriculum.tasks import is_understanding
 from tokenizer.training.curriculum.validation import Validation
 from tokenizer.training.feeding import StepBatch, StepSource
+from tokenizer.training.progress import BAD_STEPS, Progress
 
-PICTURES, BAD_STEPS = "pictures", "bad-steps"
-"""Folders in that of a run."""
+PICTURES = "pictures"
+"""Folder in that of a run."""
 
 MAY_CHANGE = frozenset(
     {"steps", "out", "data", "validation", "log", "checkpoint", "accumulation", "engine", "max_bad_steps"}
@@ -50,17 +51,10 @@ which kernels compute, and when, is up to the machine that it goes on with. Rate
 
 
 @dataclass(slots=True)
-class Progress:
-    """Where a run stands.
+class LoopProgress(Progress):
+    """tokens: trained on, in all processes. best: score and step of the best checkpoint."""
 
-    step: steps done. tokens: trained on, in all processes. bad_row, bad: steps that were not finite, in a row up to
-    now and in all. best: score and step of the best checkpoint.
-    """
-
-    step: int = 0
     tokens: int = 0
-    bad_row: int = 0
-    bad: int = 0
     best: dict[str, float] = field(default_factory=dict)
 
 
@@ -110,7 +104,7 @@ class Loop:
         self.records, self.checkpoints, self.processes = records, checkpoints, processes
         self.work, self.peak, self.gaussians, self.alignment = work, peak, gaussians, alignment
         self.settings = config_to_dict(config)
-        self.progress = Progress()
+        self.progress = LoopProgress()
         self._interval = _Interval()
         self._saved = -1
 
@@ -141,20 +135,9 @@ class Loop:
             if stopped and progress.step < self.config.steps:
                 self.records.say(f"stopped after step {progress.step}; start again to go on")
                 return exit_status(stopped)
-            self._judge()
+            progress.judge(self.folder, self.records.say)
             self._save_model()
         return 0
-
-    def _judge(self) -> None:
-        """Of a run whose steps were mostly skipped nothing has been learned."""
-        progress = self.progress
-        if 2 * progress.bad > progress.step:
-            raise InputError(
-                f"{progress.bad} of {progress.step} steps had a loss or gradient that is not finite; their batches are "
-                f"in {self.folder / BAD_STEPS}, no model is written"
-            )
-        if progress.bad:
-            self.records.say(f"{progress.bad} of {progress.step} steps were not finite and were skipped")
 
     def _save_model(self) -> None:
         path = self.folder / MODEL
@@ -179,10 +162,8 @@ class Loop:
         self._count(prepared)
         self._interval.waited += waited
         self._interval.seconds += time.perf_counter() - began
-        self.progress.step += 1
-        if outcome.done:
-            self.progress.bad_row = 0
-        else:
+        self.progress.count(outcome.done)
+        if not outcome.done:
             self._bad_step(step, prepared)
         self._log(losses, outcome)
         if self.progress.step % self.config.log.pictures_every == 0:
@@ -216,9 +197,8 @@ class Loop:
         self._interval.work += sum(self.work.of(part.patches.places(), part.task) for part in counted)
 
     def _bad_step(self, step: int, prepared: Sequence[Prepared]) -> None:
-        """Count a step that was not finite, keep its batches, and stop after too many in a row."""
+        """Keep the batches of a step that was not finite, and stop after too many in a row."""
         progress = self.progress
-        progress.bad, progress.bad_row = progress.bad + 1, progress.bad_row + 1
         path = self.folder / BAD_STEPS / f"step-{step:06d}-process-{self.processes.rank}.pt"
         if self.processes.leads:
             with atomic_path(path) as temporary:
@@ -320,7 +300,7 @@ class Loop:
         if self.processes.first:
             progress = self.progress
             loop = {
-                "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+                "progress": asdict(progress),
                 "settings": self.settings,
                 "alignment": self.alignment,
                 "loaders": loaders,
@@ -348,7 +328,7 @@ class Loop:
                 self.engine.load_shards(path / SHARDS)
             if len(tensors["rng"]) == self.processes.world:
                 torch.set_rng_state(tensors["rng"][self.processes.rank].clone())
-            self.progress = Progress(**loop["progress"])
+            self.progress = LoopProgress(**loop["progress"])
             self._saved = self.progress.step
             self.records.say(f"going on from step {self.progress.step}")
         self.records.start(self.progress.step)
