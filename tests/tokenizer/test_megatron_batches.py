@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.tokenizer.curriculum_data import ROOT, make_sets
 from tests.tokenizer.megatron_batches_processes import NAMES
+from tests.tokenizer.megatron_runs import found, run_worker
 from tests.tokenizer.megatron_training_processes import WORLDS
 from tests.tokenizer.test_megatron_training import CLOSE, difference, needs_megatron
 
@@ -21,16 +16,7 @@ pytestmark = needs_megatron
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("megatron_batches")
-    make_sets(folder)
-    arguments = [sys.executable, "-m", "tests.tokenizer.megatron_batches_processes", str(folder)]
-    subprocess.run(arguments, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return folder
-
-
-def found(runs: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((runs / f"{name}-{rank}.json").read_text())
-    return values
+    return run_worker(tmp_path_factory.mktemp("megatron_batches"), "megatron_batches_processes")
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

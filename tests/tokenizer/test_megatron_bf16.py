@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tokenizer.curriculum_data import ROOT, make_sets
+from tests.tokenizer import megatron_runs
 from tests.tokenizer.megatron_bf16_processes import KINDS, LAYOUTS, WORLDS
+from tests.tokenizer.megatron_runs import run_worker
 from tests.tokenizer.test_megatron_training import difference
 from tokenizer.api import AToken
 
@@ -32,16 +31,11 @@ AFTER = [name for name in LAYOUTS if name != "one"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("megatron_bf16")
-    make_sets(folder)
-    arguments = [sys.executable, "-m", "tests.tokenizer.megatron_bf16_processes", str(folder)]
-    subprocess.run(arguments, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return folder
+    return run_worker(tmp_path_factory.mktemp("megatron_bf16"), "megatron_bf16_processes")
 
 
 def found(runs: Path, kind: str, name: str, rank: int = 0) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((runs / f"{kind}-{name}-{rank}.json").read_text())
-    return values
+    return megatron_runs.found(runs, f"{kind}-{name}", rank)
 
 
 def kept(runs: Path, kind: str, name: str) -> dict[str, Any]:

@@ -6,16 +6,14 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.tokenizer.curriculum_data import CONFIGS, ROOT, lines, make_sets
+from tests.tokenizer.curriculum_data import CONFIGS, lines
 from tests.tokenizer.megatron_differences import largest, of_tensors
+from tests.tokenizer.megatron_runs import found, run_worker
 from tests.tokenizer.megatron_training_processes import LAYOUTS, WORLDS
 from tokenizer.api import AToken
 from tokenizer.config import config_to_dict
@@ -32,16 +30,7 @@ CLOSE = 1e-4
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("megatron")
-    make_sets(folder)
-    arguments = [sys.executable, "-m", "tests.tokenizer.megatron_training_processes", str(folder)]
-    subprocess.run(arguments, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return folder
-
-
-def found(runs: Path, name: str, rank: int = 0) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((runs / f"{name}-{rank}.json").read_text())
-    return values
+    return run_worker(tmp_path_factory.mktemp("megatron"), "megatron_training_processes")
 
 
 def difference(one: dict[str, float], other: dict[str, float]) -> float:
