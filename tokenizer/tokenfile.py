@@ -179,6 +179,8 @@ class TokenWriter:
                 self._parts.append(path.open("w+b"))
             return self
         except BaseException as error:  # an interrupt too: nobody calls __exit__ yet
+            for part in self._parts:
+                part.close()
             for path in self._part_paths:
                 path.unlink(missing_ok=True)
             if isinstance(error, OSError):

@@ -381,19 +381,20 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None
 
 def test_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the file that was asked for and not a hidden part of it."""
-    opened: list[Path] = []
+    opened: list[IO[bytes]] = []
 
     def only_once(path: Path, mode: str) -> IO[bytes]:
         if opened:
             raise PermissionError(13, "Permission denied", str(path))
-        opened.append(path)
-        return open(path, mode)  # noqa: PTH123 - Path.open is what is replaced
+        opened.append(open(path, mode))  # noqa: PTH123, SIM115 - Path.open is what is replaced
+        return opened[0]
 
     monkeypatch.setattr(Path, "open", only_once)
     with pytest.raises(PermissionError) as error:
         write(tmp_path / "x.atok")
     assert error.value.filename == str(tmp_path / "x.atok")
     assert list(tmp_path.iterdir()) == []
+    assert opened[0].closed
 
 
 def test_an_interrupt_while_parts_are_opened_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
