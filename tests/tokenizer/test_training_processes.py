@@ -21,7 +21,7 @@ from tests.tokenizer.training_processes import BETWEEN, ENDED, LAYOUTS, MEGATRON
 from tokenizer.api import AToken
 from tokenizer.errors import InputError
 from tokenizer.training.curriculum import interruption
-from tokenizer.training.curriculum.interruption import Interruption
+from tokenizer.training.curriculum.interruption import Interruption, exit_status
 from tokenizer.training.curriculum.launch import choose_device
 
 LOST = "error: lost another process of this run, which may have been killed; start the run again"
@@ -235,7 +235,8 @@ def test_what_is_wrong_is_said_once(runs: Path, statuses: dict[str, list[int]], 
     """In settings, a layout, an engine, a checkpoint, and in one process alone, which ends the other; before a step."""
     assert errors((runs / f"{name}.err").read_text()) == [f"error: {said}"]
     assert 1 in statuses[name]
-    assert set(statuses[name]) <= {1, ENDED}
+    # torchrun ends the other by SIGTERM, which is an end with a status of its own while the command is being read.
+    assert set(statuses[name]) <= {1, ENDED, exit_status(signal.SIGTERM)}
     assert (metrics(runs, name) == metrics(runs, "peace")) if name == "other" else not (runs / name).exists()
 
 
