@@ -3,7 +3,8 @@
 # make lint    ruff and mypy
 # make bench   speed of the tokenizer, of 3D assets, of loading, of measuring and of training, on this machine
 # make nano    install and build the training data, train nano in four stages and measure it (hours on a CPU);
-#              NANO_ARGS goes to every training, so NANO_ARGS='steps=20' tries the whole way first (as much into runs/)
+#              NANO_ARGS goes to every training and NANO_RUNS (runs) is where all go, so that
+#              make nano NANO_RUNS=runs/trial NANO_ARGS='steps=20'  tries the whole way first
 #
 # Each makes the environment in .venv first if it is missing or out of date. To choose the Python or where torch comes
 # from:  make test PYTHON=python3.12 TORCH_ARGS='--index-url URL'
@@ -13,6 +14,7 @@ VENV ?= .venv
 TORCH_ARGS ?=
 TEST_PROCESSES ?= 2
 NANO_ARGS ?=
+NANO_RUNS ?= runs
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -42,22 +44,27 @@ bench: $(READY)
 nano: $(READY)
 	scripts/install_data.sh $(BIN)/python
 	ATOKEN=$(BIN)/atoken scripts/build_nano_data.sh
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage1.yaml $(NANO_ARGS)
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage2.yaml $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage1.yaml out=$(NANO_RUNS)/nano-stage1 $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage2.yaml out=$(NANO_RUNS)/nano-stage2 \
+		start.source=$(NANO_RUNS)/nano-stage1 $(NANO_ARGS)
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians.yaml \
-		model=runs/nano-stage2/model $(NANO_ARGS)
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage3.yaml $(NANO_ARGS)
-	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage4.yaml $(NANO_ARGS)
+		model=$(NANO_RUNS)/nano-stage2/model out=$(NANO_RUNS)/nano-gaussians $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage3.yaml out=$(NANO_RUNS)/nano-stage3 \
+		start.source=$(NANO_RUNS)/nano-stage2 start.gaussians=$(NANO_RUNS)/nano-gaussians $(NANO_ARGS)
+	$(BIN)/atoken train --config configs/tokenizer/stages/nano-stage4.yaml out=$(NANO_RUNS)/nano-stage4 \
+		start.source=$(NANO_RUNS)/nano-stage3 $(NANO_ARGS)
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
-		model=runs/nano-stage3/model start_from=runs/nano-stage3/model $(NANO_ARGS)
-	cp runs/nano-gaussians-on/gaussians/* runs/nano-stage3/model/gaussians/
+		model=$(NANO_RUNS)/nano-stage3/model start_from=$(NANO_RUNS)/nano-stage3/model \
+		out=$(NANO_RUNS)/nano-gaussians-on $(NANO_ARGS)
+	cp $(NANO_RUNS)/nano-gaussians-on/gaussians/* $(NANO_RUNS)/nano-stage3/model/gaussians/
 	$(BIN)/python -m tokenizer.training.gaussian_trainer --config configs/tokenizer/nano-gaussians-on.yaml \
-		model=runs/nano-stage4/model start_from=runs/nano-stage4/model steps=1600 out=runs/nano-d-gaussians-on $(NANO_ARGS)
-	cp runs/nano-d-gaussians-on/gaussians/* runs/nano-stage4/model/gaussians/
-	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
-		--data packaged --preset nano --linear tests/linear_code.npz --out runs/nano-evaluation
-	$(BIN)/atoken evaluate --model runs/nano-stage3/model --model runs/nano-stage4/model \
-		--data datasets/furniture --out runs/nano-evaluation-3d
+		model=$(NANO_RUNS)/nano-stage4/model start_from=$(NANO_RUNS)/nano-stage4/model \
+		steps=1600 out=$(NANO_RUNS)/nano-d-gaussians-on $(NANO_ARGS)
+	cp $(NANO_RUNS)/nano-d-gaussians-on/gaussians/* $(NANO_RUNS)/nano-stage4/model/gaussians/
+	$(BIN)/atoken evaluate --model $(NANO_RUNS)/nano-stage3/model --model $(NANO_RUNS)/nano-stage4/model \
+		--data packaged --preset nano --linear tests/linear_code.npz --out $(NANO_RUNS)/nano-evaluation
+	$(BIN)/atoken evaluate --model $(NANO_RUNS)/nano-stage3/model --model $(NANO_RUNS)/nano-stage4/model \
+		--data datasets/furniture --out $(NANO_RUNS)/nano-evaluation-3d
 
 # torch comes first and alone, so that no other package chooses a build of it; everything later is constrained to it.
 # The last ones are installed for the data in them, without what they import: LPIPS weights, test clips, a text encoder,

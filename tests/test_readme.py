@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tokenizer.config import load_config
 from tokenizer.demo import ASSET, CLIP, PHOTOGRAPH
 from tokenizer.megatron.pretrain import layout_of
 from tokenizer.training.curriculum.config import RunConfig
+from tokenizer.training.gaussian_trainer import GaussianTrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,3 +114,27 @@ def test_training_commands_are_understood() -> None:
             assert words[at - 1] == "train"
         ran += 1
     assert ran >= 5
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_a_trial_of_the_nano_way_touches_no_other_run() -> None:
+    """Runs go on where they stood: a real training would go on from a trial's few steps."""
+    make = ["make", "--dry-run", "--no-print-directory", "nano", "NANO_RUNS=trial", "NANO_ARGS=steps=4"]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "runs/" not in said
+    made: list[str] = []
+    for line in said.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        if "--config" not in words:
+            continue
+        at = words.index("--config")
+        if "train" in words:
+            stage = load_config(RunConfig, ROOT / words[at + 1], words[at + 2 :])
+            steps, out, sources = stage.steps, stage.out, [stage.start.source, stage.start.gaussians]
+        else:
+            decoder = load_config(GaussianTrainConfig, ROOT / words[at + 1], words[at + 2 :])
+            steps, out, sources = decoder.steps, decoder.out, [decoder.model, decoder.start_from]
+        assert steps == 4
+        assert all(source is None or str(source).removesuffix("/model") in made for source in sources)
+        made.append(str(out))
+    assert len(set(made)) == len(made) == 7
