@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     from tokenizer.cli.outcome import run
     from tokenizer.cli.signals import signals_raise
+    from tokenizer.errors import InputError
 
     def command() -> object:
         from importlib.metadata import entry_points
@@ -34,6 +35,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         for entry in entry_points(group="atoken.commands"):
             entry.load()(app)
         given = sys.argv[1:] if arguments is None else list(arguments)
+        if "" in given:  # as a path it would be the current folder
+            after = f" after {given[given.index('') - 1]}" if given[0] else ""
+            raise InputError(f"an argument{after} is empty; is a variable of the shell not set?")
         return get_command(app).main(args=given or ["--help"], prog_name="atoken", standalone_mode=False)
 
     with signals_raise():

@@ -201,7 +201,8 @@ def reconstruct(
     """Originals and reconstructions side by side, and how close they are.
 
     Prints tokens, bits per pixel (the latents as stored, or 96 bits a token for 8 codebooks of 4096; per pixel of
-    every frame), PSNR in dB and SSIM on 8-bit RGB, and seconds.
+    every frame), PSNR in dB and SSIM on 8-bit RGB, and seconds. SSIM has the uniform window of 7x7 pixels; that of
+    `atoken evaluate` has the Gaussian one of its paper, so it is another figure.
 
     A 3D asset becomes three files: Gaussians (NAME.ply), a contact sheet (NAME-sheet.png) and a turntable clip
     (NAME-turntable.mp4), the latter two with the original beside them. Its figures are of eight views that the model

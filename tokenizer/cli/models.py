@@ -53,7 +53,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, but holds no values
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: cannot be used here; {_devices_here()}") from error
     return device

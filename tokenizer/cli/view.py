@@ -29,6 +29,8 @@ def view(source: str, out: str | None, *, max_gaussians: int | None, open_page: 
         The exit status.
     """
     refuse_stream(Path(source))
+    if Path(source).is_dir():
+        raise InputError(f"{source}: is a folder; atoken view shows one .ply file")
     job = Job(Path(source), _target(Path(source), out), needs_ending=False)
 
     def work(job: Job, progress: ProgressBars) -> Result:  # noqa: ARG001
