@@ -24,15 +24,24 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f".{target.stem[:_KEPT_OF_NAME]}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written in a folder and those below it. Nobody else may write there."""
-    for path in [*folder.rglob(".*.part"), *folder.rglob(".*.part.*")]:
-        if not _LEFTOVER.fullmatch(path.name):
+def remove_leftovers(folder: Path, mark: str) -> None:
+    """Remove what killed processes left half written in a folder and those below it.
+
+    Args:
+        folder: where nobody else may write.
+        mark: name of a file; folders below that hold it are somebody else's, and left alone with all that is in them.
+    """
+    for place, folders, files in os.walk(folder):
+        if mark in files and Path(place) != folder:
+            folders.clear()
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        for name in filter(_LEFTOVER.fullmatch, [*folders, *files]):
+            path = Path(place, name)
+            if name in files or path.is_symlink():
+                path.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        folders[:] = [name for name in folders if not _LEFTOVER.fullmatch(name)]
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tokenizer.curriculum_data import lines, make_sets, pictures_alone, smoke
+from tests.tokenizer.curriculum_data import StubTower, lines, make_sets, pictures_alone, smoke
 from tests.tokenizer.curriculum_worker import fork, status_of
+from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
 from tokenizer.training.curriculum import checkpoint, launch, records
 from tokenizer.training.curriculum.checkpoint import Checkpoints, newest_good
@@ -76,6 +77,57 @@ def test_what_cannot_be_read_now_is_not_damaged(tmp_path: Path, monkeypatch: pyt
     assert "weights.pt: cannot be read: Stale file handle" in said
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == before
     assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, "steps=2", "checkpoint.every=1") == 0
+    log, folder = (tmp_path / "metrics.jsonl").read_bytes(), str(tmp_path / "checkpoints")
+
+    def denied(right: Callable[..., Any]) -> Callable[..., Any]:
+        def listed(path: Any = ".") -> Any:
+            if os.fspath(path) == folder:
+                raise PermissionError(errno.EACCES, "Permission denied", folder)
+            return right(path)
+
+        return listed
+
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "scandir"):
+            patch.setattr(os, name, denied(getattr(os, name)))
+        said = refused(lambda: run(tmp_path, "steps=4"))
+    assert said == f"{folder}: cannot be read: Permission denied; mend that and start again"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+
+
+def test_nobody_is_told_to_remove_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path, "steps=2") == 0
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", no_memory)
+        said = refused(lambda: run(tmp_path, "steps=4"))
+    assert "cannot be read here (MemoryError); see that there is memory" in said
+    assert "remove" not in said.replace(str(tmp_path), "")
+
+
+def test_frozen_networks_may_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "open_tower", lambda *_: StubTower())
+
+    def aligned(*overrides: str) -> int:
+        return train(smoke(1, *QUIET, f"out={tmp_path}", *overrides), CPU)
+
+    here, there = ([f"text.folder={name}", f"choices.siglip2={name}"] for name in ("here", "there"))
+    assert aligned("steps=1", *here) == 0
+    assert aligned("steps=2", *there) == 0
+    # Without its folder the objective is another.
+    assert "other settings (choices.siglip2)" in refused(lambda: aligned("steps=3", there[0]))
+    monkeypatch.setattr(StubTower, "name", "another")
+    said = refused(lambda: aligned("steps=3", *there))
+    assert said.endswith("was trained with the text tower stub, but text.folder holds another")
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
@@ -142,6 +194,13 @@ def test_what_killed_runs_left_half_written_goes(tmp_path: Path) -> None:
         (tmp_path / name).write_text("half")
     assert run(tmp_path, "steps=2") == 0
     assert [name for name in left if (tmp_path / name).exists()] == [".mine.part.png"]
+
+
+def test_what_a_run_in_a_folder_below_is_writing_stays(tmp_path: Path) -> None:
+    with only_run(tmp_path / "below"), atomic_path(tmp_path / "below/checkpoints/step-000001") as half:
+        half.mkdir()
+        assert run(tmp_path, "steps=1") == 0
+        assert half.is_dir()
 
 
 # ------------------------------------------------------------------------------------------------- two runs at a time
@@ -236,6 +295,13 @@ def test_a_few_failed_steps_are_said(
     fails(monkeypatch, lambda call: call == 1)
     assert run(tmp_path, "steps=4") == 0
     assert "1 of 4 steps were not finite and were skipped" in capsys.readouterr().err
+
+
+def test_of_failed_steps_the_last_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails(monkeypatch, lambda call: call in (0, 2, 4))
+    assert run(tmp_path, "steps=7", "max_bad_steps=2") == 0
+    kept = sorted(path.name for path in (tmp_path / "bad-steps").iterdir())
+    assert kept == ["step-000002-process-0.pt", "step-000004-process-0.pt"]
 
 
 def test_after_too_many_failed_steps_the_rate_may_be_lowered(

@@ -165,9 +165,7 @@ def damage_of(path: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except OSError as error:
-        raise InputError(
-            f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again"
-        ) from None
+        raise _unreadable(error, path) from None
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is unreadable"
     return None
@@ -188,7 +186,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no common error type for damaged files
-        raise InputError(f"{path / WEIGHTS}: cannot be read ({type(error).__name__}); remove {path}") from None
+        raise InputError(
+            f"{path / WEIGHTS}: is as it was written, but cannot be read here ({type(error).__name__}); see that there "
+            "is memory, and a version of torch no older than that which wrote it"
+        ) from None
     return state
 
 
@@ -200,8 +201,22 @@ def read_weights(path: Path) -> Weights:
 
 
 def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    """Steps and paths of the checkpoints in `folder`.
+
+    Raises:
+        InputError: the folder cannot be read now. `glob` would find nothing in it, and a run begin anew.
+    """
+    try:
+        found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    except FileNotFoundError:
+        found = []
+    except OSError as error:
+        raise _unreadable(error, folder) from None
     return iter(sorted(found, reverse=True))
+
+
+def _unreadable(error: OSError, path: Path) -> InputError:
+    return InputError(f"{error.filename or path}: cannot be read: {error.strerror}; mend that and start again")
 
 
 def _measure(path: Path) -> dict[str, int]:

@@ -24,7 +24,7 @@ from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints, n
 from tokenizer.training.curriculum.config import RunConfig, network_config
 from tokenizer.training.curriculum.engine import Engine
 from tokenizer.training.curriculum.flops import Work, measured_peak
-from tokenizer.training.curriculum.lock import only_run
+from tokenizer.training.curriculum.lock import LOCK, only_run
 from tokenizer.training.curriculum.loop import Loop
 from tokenizer.training.curriculum.meeting import one_voice, process_group
 from tokenizer.training.curriculum.model import TrainedModel
@@ -147,7 +147,7 @@ def train(
         )
         with only_run(folder) if processes.first else nullcontext():
             if processes.first:
-                remove_leftovers(folder)
+                remove_leftovers(folder, LOCK)
             return loop.run()
     finally:
         source.close()

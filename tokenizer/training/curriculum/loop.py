@@ -44,10 +44,12 @@ MAY_CHANGE = frozenset(
     | {"peak_tflops", "start", "megatron", "fp8", "compile", "recompute", "attention"}
     | {f"optimizer.{name}" for name in ("lr", "min_lr", "plain_lr", "warmup", "schedule", "decay_fraction")}
     | {f"optimizer.{name}" for name in ("weight_decay", "max_grad_norm", "ema", "ema_warmup")}
+    | {"text.folder"}
 )
 """Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say. FP8
 is how products are rounded, not what is trained: a run may end in bfloat16, or go on in FP8 after a careful start; and
-which kernels compute, and when, is up to the machine that it goes on with. Rates may be lowered where steps failed."""
+which kernels compute, and when, is up to the machine that it goes on with, and so is where frozen networks lie. Rates
+may be lowered where steps failed."""
 
 
 @dataclass(slots=True)
@@ -197,12 +199,16 @@ class Loop:
         self._interval.work += sum(self.work.of(part.patches.places(), part.task) for part in counted)
 
     def _bad_step(self, step: int, prepared: Sequence[Prepared]) -> None:
-        """Keep the batches of a step that was not finite, and stop after too many in a row."""
+        """Keep the batches of a step that was not finite, of the last ones; stop after too many in a row."""
         progress = self.progress
         path = self.folder / BAD_STEPS / f"step-{step:06d}-process-{self.processes.rank}.pt"
         if self.processes.leads:
             with atomic_path(path) as temporary:
                 write_pt([_inspectable(part) for part in prepared], temporary)
+            # A step of every hundred would fill any disk in time.
+            kept = sorted(path.parent.glob(f"step-*-process-{self.processes.rank}.pt"), key=lambda p: (len(p.name), p))
+            for old in kept[: -self.config.max_bad_steps]:
+                old.unlink(missing_ok=True)
         self.records.say(f"step {step}: loss or gradient is not finite; skipped, its batches are in {path}")
         if progress.bad_row >= self.config.max_bad_steps:
             self._save()
@@ -320,6 +326,7 @@ class Loop:
             path = Path(newest)
             loop = read_loop(path)
             self._check_settings(path, loop["settings"])
+            self._check_tower(path, loop["alignment"])
             self._check_engine(path)
             self.source.load_state_dict(loop["loaders"])
             tensors = read_tensors(path)
@@ -337,12 +344,21 @@ class Loop:
         different = changed_settings(self.config, then)
         if rates := [name for name in different if name.startswith("optimizer.") and name in MAY_CHANGE]:
             self.records.say(f"other than before: {', '.join(rates)}")
-        changed = [name for name in different if not {name, name.split(".")[0]} & MAY_CHANGE]
+        may = MAY_CHANGE
+        # With the folder of SigLIP 2, or without, the objective is another; in another place it is the same.
+        if self.config.choices.siglip2 and then.get("choices", {}).get("siglip2"):
+            may |= {"choices.siglip2"}
+        changed = [name for name in different if not {name, name.split(".")[0]} & may]
         if changed:
             raise InputError(
                 f"{path} belongs to a run with other settings ({', '.join(changed)}); choose another out= folder or "
                 "remove it"
             )
+
+    def _check_tower(self, path: Path, alignment: dict[str, Any] | None) -> None:
+        then, now = ((found or {}).get("tower_name") for found in (alignment, self.alignment))
+        if then != now:
+            raise InputError(f"{path} was trained with the text tower {then}, but text.folder holds {now}")
 
     def _check_engine(self, path: Path) -> None:
         sharded = isinstance(self.engine, ShardedEngine)
