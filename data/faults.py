@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data.samples import Fault
+from data.shards.tar import DAMAGED, TRUNCATED
+from data.urls import UNREACHABLE
 from tokenizer.errors import InputError
 
 ENOUGH_TO_JUDGE = 200
@@ -34,6 +36,9 @@ be millions, and nothing is to be mended in them."""
 
 TOO_LARGE = "too large"
 """The cause under which such samples are named."""
+
+OF_SHARDS = frozenset({TRUNCATED, DAMAGED, UNREACHABLE})
+"""Causes for which all samples of a shard are lost from some place on. Others are of the sample alone."""
 
 
 class Quarantine:
@@ -129,8 +134,9 @@ class Quarantine:
                 self.too_large[source] = before[0] + int(read), before[1] + int(left_out)
 
     def _name(self, fault: Fault) -> None:
-        # A key is known where a sample was read but not understood; else what is broken is its shard.
-        what = (fault.cause, fault.shard, fault.key)
+        # A key is known where a sample was read but not understood; what was not read has its place in the shard.
+        place = "" if fault.cause in OF_SHARDS else fault.key or str(fault.index)
+        what = (fault.cause, fault.shard, place)
         if what in self._named:
             return
         self._named.add(what)

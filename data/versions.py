@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,13 @@ class Version:
         return self.modified if self.tag.startswith("W/") or not self.tag else self.tag
 
     def has_rest(self, headers: Mapping[str, str], position: int) -> bool:
-        """Whether a partial response is the rest of this version from `position` on. Not every server heeds If-Range,
-        and caches answer with what they have."""
+        """Whether a partial response is the rest of this version from `position` on, to its end. Not every server heeds
+        If-Range, caches answer with what they have, and some send less than they were asked for."""
         where = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
-        if where is None or int(where[1]) != position or where[2] not in (self.length or where[2], "*"):
+        if where is None or int(where[1]) != position or where[3] not in (self.length or where[3], "*"):
+            return False
+        length = self.length if where[3] == "*" else where[3]
+        if length and int(where[2]) + 1 != int(length):
             return False
         if _is_compressed(headers):
             return False

@@ -12,8 +12,10 @@ import pytest
 
 from data.faults import MOST_NAMED, TOO_LARGE, Quarantine
 from data.samples import Fault
-from data.shards.manifest import ShardSet
+from data.shards.manifest import ShardSet, read_set
+from data.tap import read_items
 from tests.data.loading import IMAGE, TinyDecoder, feed, load, steps, tiny_set
+from tests.data.shard_files import tar_of
 from tokenizer.errors import InputError
 
 ONE: dict[str, Any] = {"ratios": {IMAGE: 1}, "budgets": {IMAGE: 9}, "every_step": ()}
@@ -155,6 +157,26 @@ def test_a_fault_is_named_once_and_counted_every_time(tmp_path: Path) -> None:
     assert quarantine.causes == {"damaged picture": 6}
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["key"], line["detail"]) for line in lines] == [("x", "epoch 0"), ("y", "epoch 0")]
+
+
+def test_samples_without_a_key_are_named_by_their_place_and_shards_once(tmp_path: Path) -> None:
+    twice, facts = [3, 7, 11], b'{"tokens": 1}'
+    members = [(f"{n:03d}.json", facts) for n in range(20) for _ in range(2 if n in twice else 1)]
+    members.append(("020.jpg", b"x"))  # else they were of no kind
+    whole = tar_of(members)
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(whole)
+    shards = read_set(str(tmp_path))
+    (tmp_path / "b.tar").write_bytes(whole[: 3 * 1024])
+    quarantine = Quarantine(1.0, tmp_path / "quarantine.jsonl")
+    read = list(read_items(shards, TinyDecoder("a", IMAGE), quarantine=quarantine))
+    # Of the cut shard two samples are sure to be whole.
+    assert quarantine.causes == {"repeated file": 3, "truncated shard": 19, "unexpected error": 1}
+    assert len(read) == 17 + 2
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    named = [(line["cause"], Path(line["shard"]).name, line["index"]) for line in lines]
+    assert [entry for entry in named if entry[0] == "repeated file"] == [("repeated file", "a.tar", n) for n in twice]
+    assert [entry[1:] for entry in named if entry[0] == "truncated shard"] == [("b.tar", 2)]
 
 
 def test_a_sample_that_is_too_large_is_named_with_its_shard(pictures: ShardSet, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from data.samples import Raw
+from data.samples import Raw, SampleError
 from data.shards import reader
 from data.shards.manifest import MANIFEST, read_set
 from data.urls import UNREACHABLE, open_url
@@ -24,7 +24,8 @@ MONDAY, TUESDAY = "Mon, 02 Nov 2026 10:00:00 GMT", "Tue, 03 Nov 2026 10:00:00 GM
 class Server(http.server.ThreadingHTTPServer):
     """Sends half of `OLD` with some headers, then hangs up; asked for the rest, it sends that of some file.
 
-    first, rest: headers of the two answers. body: what the rest is of. shift: bytes by which it starts too late.
+    first, rest: headers of the two answers. body: what the rest is of. shift: bytes by which it starts too late. short:
+    bytes by which it ends too early, as its headers say.
     heeds: whether it answers a condition that does not hold any more with the whole file.
     """
 
@@ -34,7 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.first: Mapping[str, str] = {}
         self.rest: Mapping[str, str] = {}
-        self.body, self.shift, self.heeds = OLD, 0, False
+        self.body, self.shift, self.short, self.heeds = OLD, 0, 0, False
         self.asked: list[str | None] = []
 
     def url(self) -> str:
@@ -58,9 +59,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.heeds and condition not in (None, *server.rest.values()):
             self.send({"Content-Length": str(len(server.body)), **server.rest}, server.body)
             return
-        first, last = int(wanted[6:-1]) + server.shift, len(server.body) - 1
-        where = {"Content-Length": str(last + 1 - first), "Content-Range": f"bytes {first}-{last}/{last + 1}"}
-        self.send({**where, **server.rest}, server.body[first:], 206)
+        first, stop = int(wanted[6:-1]) + server.shift, len(server.body) - server.short
+        where = {"Content-Length": str(stop - first), "Content-Range": f"bytes {first}-{stop - 1}/{len(server.body)}"}
+        self.send({**where, **server.rest}, server.body[first:stop], 206)
 
     def send(self, headers: Mapping[str, str], body: bytes, status: int = 200) -> None:
         self.send_response(status)
@@ -137,6 +138,15 @@ def test_the_rest_of_another_version_is_a_fault(
     assert bool(server.asked) == bool(first)
 
 
+def test_a_part_of_the_rest_is_not_taken_for_all_of_it(server: Server) -> None:
+    server.first = server.rest = {"ETag": '"1"'}
+    server.short = 512
+    with pytest.raises(SampleError) as caught, open_url(server.url(), backoff=0.01, timeout=5) as stream:
+        stream.read()
+    assert caught.value.cause == UNREACHABLE
+    assert server.asked == ['"1"']
+
+
 def test_lengths_and_compression_are_compared() -> None:
     version = Version.of({"ETag": '"1"', "Content-Length": "900"})
     assert version.has_rest({"Content-Range": "bytes 30-899/900"}, 30)
@@ -145,6 +155,9 @@ def test_lengths_and_compression_are_compared() -> None:
     assert not Version("", "", "900").has_rest({"Content-Range": "bytes 30-899/900", "ETag": '"1"'}, 30)
     assert not version.has_rest({"Content-Range": "bytes 30-899/901"}, 30)
     assert not version.has_rest({"Content-Range": "bytes 30-899/900"}, 31)
+    assert not version.has_rest({"Content-Range": "bytes 30-898/900"}, 30)
+    assert not version.has_rest({"Content-Range": "bytes 30-898/*"}, 30)
+    assert not Version('"1"', "", "").has_rest({"Content-Range": "bytes 30-898/900"}, 30)
     assert not version.has_rest({"Content-Range": "bytes 30-899/900", "Content-Encoding": "gzip"}, 30)
     assert Version.of({"ETag": '"1"', "Content-Encoding": "gzip"}) == Version("", "", "")
     assert Version.of({"ETag": '"1"', "Content-Encoding": "identity"}) == Version('"1"', "", "")
