@@ -216,8 +216,8 @@ class RunConfig:
     seed: of weights, data and noise.
     out: folder of the run.
     loader, data: name and settings of the training data, see `tokenizer.training.feeding`.
-    max_bad_steps: steps in a row with a loss or gradient that is not finite, after which a run stops; the batches of as
-        many are kept, the last ones.
+    max_bad_steps: steps in a row with a loss or gradient that is not finite, after which a run stops; the batches
+        of the last such steps are kept, twice as many.
     peak_tflops: of one process's device at this precision, for the utilisation; measured by default.
     megatron: layout for `tokenizer.megatron.pretrain`, see `tokenizer.megatron.config`; others check its keys.
     """

@@ -199,7 +199,7 @@ class Loop:
         self._interval.work += sum(self.work.of(part.patches.places(), part.task) for part in counted)
 
     def _bad_step(self, step: int, prepared: Sequence[Prepared]) -> None:
-        """Keep the batches of a step that was not finite, of the last ones; stop after too many in a row."""
+        """Keep the batches of a step that was not finite, and of some before; stop after too many in a row."""
         progress = self.progress
         path = self.folder / BAD_STEPS / f"step-{step:06d}-process-{self.processes.rank}.pt"
         if self.processes.leads:
@@ -207,7 +207,7 @@ class Loop:
                 write_pt([_inspectable(part) for part in prepared], temporary)
             # A step of every hundred would fill any disk in time.
             kept = sorted(path.parent.glob(f"step-*-process-{self.processes.rank}.pt"), key=lambda p: (len(p.name), p))
-            for old in kept[: -self.config.max_bad_steps]:
+            for old in kept[: -2 * self.config.max_bad_steps]:
                 old.unlink(missing_ok=True)
         self.records.say(f"step {step}: loss or gradient is not finite; skipped, its batches are in {path}")
         if progress.bad_row >= self.config.max_bad_steps:
