@@ -23,6 +23,9 @@ ASSET_PROMPTS = ("{}", "a 3d model of a {}", "a rendering of a {}", "a {} on a p
 CHUNK = 1024
 """Rows of scores at a time."""
 
+ROUNDING = 1e-6
+"""Cosines no further apart are equal: those of equal vectors differ by their columns' place in the product."""
+
 
 @dataclass(frozen=True, slots=True)
 class Classification:
@@ -110,7 +113,7 @@ def classify(
     ranks, best = [], []
     for start, scores in _scores(items, classes, chunk):
         own = labels[start : start + chunk, None]
-        ranks.append((scores >= scores.gather(1, own)).sum(dim=1) - 1)
+        ranks.append((scores >= scores.gather(1, own) - ROUNDING).sum(dim=1) - 1)
         best.append(scores.argmax(dim=1))
     rank, predicted = torch.cat(ranks), torch.cat(best)
     cells = torch.bincount(labels * len(classes) + predicted, minlength=len(classes) ** 2)
@@ -146,12 +149,12 @@ def retrieve(
     to_image, to_text = [], []
     for start, scores in _scores(texts, images, chunk):
         own = scores.gather(1, owners[start : start + chunk, None])
-        to_image.append((scores >= own).sum(dim=1) - 1)
+        to_image.append((scores >= own - ROUNDING).sum(dim=1) - 1)
     for start, scores in _scores(images, texts, chunk):
         mine = owners[None] == torch.arange(start, start + len(scores), device=images.device)[:, None]
         own = scores.masked_fill(~mine, -torch.inf).amax(dim=1, keepdim=True)
         # Any of an image's own texts is right, so only other images' texts can stand before the best of them.
-        to_text.append(((scores >= own) & ~mine).sum(dim=1))
+        to_text.append(((scores >= own - ROUNDING) & ~mine).sum(dim=1))
     of_texts, of_images = torch.cat(to_image), torch.cat(to_text)
     return Retrieval(
         text_to_image={k: _share(of_texts < k) for k in at},
