@@ -22,6 +22,19 @@ Pixels = NDArray[np.uint8]
 TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 """Where a test runner in the background ignores Ctrl-C, its children would too."""
 
+STAYS = """
+import time
+from tokenizer.cli import main
+from tokenizer.tokenfile import TokenWriter
+append = TokenWriter.append
+def append_and_stay(self, tokens):
+    append(self, tokens)
+    time.sleep(120)
+TokenWriter.append = append_and_stay
+main()
+"""
+"""`atoken` that does not get beyond the first tokens it writes, so that a signal meets it there on any machine."""
+
 
 def start(program: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -43,7 +56,7 @@ def test_nothing_half_written_stays(
 ) -> None:
     write_video(tmp_path / "long.mp4", np.concatenate([clip] * 60))
     arguments = ("encode", "long.mp4", "--out", "out/long.atok", "--model", str(tiny_models / "atoken-nano"))
-    process = start("from tokenizer.cli import main; main()", tmp_path, *arguments)
+    process = start(STAYS, tmp_path, *arguments)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/.*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)  # until the first tokens are being written
