@@ -6,10 +6,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,26 +351,6 @@ class TestHelp:
 
 class TestProcess:
     """What only a process of its own shows."""
-
-    def test_interrupt(self, clip: Pixels, tiny_models: Path, tmp_path: Path) -> None:
-        write_video(tmp_path / "long.mp4", np.concatenate([clip] * 60))
-        command = [sys.executable, "-m", "tokenizer.cli", "encode", "long.mp4", "--out", "long.atok"]
-        environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
-        process = subprocess.Popen(
-            [*command, "--model", str(tiny_models / "atoken-nano")],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".*")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)  # until the first tokens are being written
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out, err) == (130, "", "interrupted\n")
-        assert files_below(tmp_path) == ["long.mp4"]
 
     def test_unexpected_errors_are_one_line_unless_debugging(
         self, atoken: Atoken, picture: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

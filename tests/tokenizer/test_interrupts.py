@@ -48,11 +48,15 @@ def start(program: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "line"),
-    [(signal.SIGTERM, 143, "ended by SIGTERM\n"), (signal.SIGHUP, 129, "ended by SIGHUP\n")],
+    ("number", "times", "status", "line"),
+    [
+        (signal.SIGTERM, 2, 143, "ended by SIGTERM\n"),  # supervisors send several
+        (signal.SIGHUP, 2, 129, "ended by SIGHUP\n"),
+        (signal.SIGINT, 1, 130, "interrupted\n"),
+    ],
 )
 def test_nothing_half_written_stays(
-    clip: Pixels, tiny_models: Path, tmp_path: Path, number: signal.Signals, status: int, line: str
+    clip: Pixels, tiny_models: Path, tmp_path: Path, number: signal.Signals, times: int, status: int, line: str
 ) -> None:
     write_video(tmp_path / "long.mp4", np.concatenate([clip] * 60))
     arguments = ("encode", "long.mp4", "--out", "out/long.atok", "--model", str(tiny_models / "atoken-nano"))
@@ -60,8 +64,8 @@ def test_nothing_half_written_stays(
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/.*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)  # until the first tokens are being written
-    process.send_signal(number)
-    process.send_signal(number)  # supervisors send several
+    for _ in range(times):
+        process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (status, "", line)
     assert files_below(tmp_path) == ["long.mp4"]
