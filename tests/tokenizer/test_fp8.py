@@ -110,6 +110,11 @@ def test_products_are_as_exact_as_their_mantissas_allow() -> None:
     assert product_errors(FP8Config(fp8_recipe="delayed"), outputs=1024) == hybrid
 
 
+def test_whole_blocks_are_no_layers() -> None:
+    with pytest.raises(InputError, match="triton computes whole blocks"):
+        swap(nn.Sequential(linear_layer(48, 32)), ["0"], [], "triton", FP8Config())
+
+
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 def test_products_are_torchaos(fp8_format: Any) -> None:
     pytest.importorskip("torchao", reason="torchao is the independent implementation")

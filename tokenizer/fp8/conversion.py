@@ -135,11 +135,17 @@ def convert(model: nn.Module, config: FP8Config, device: torch.device) -> Conver
 def swap(
     model: nn.Module, names: Sequence[str], stacks: Sequence[nn.Module], backend: Backend, config: FP8Config
 ) -> None:
-    """Swap the named linear layers of any module; `stacks` are the modules inside whose calls they run."""
+    """Swap the named linear layers of any module; `stacks` are the modules inside whose calls they run.
+
+    Raises:
+        InputError: "triton", which computes whole blocks.
+    """
     if backend == "torchao":
         torchao_layers(model, names, config)
     elif backend == "transformer_engine":
         engine_layers(model, names, stacks, config)
+    elif backend == "triton":
+        raise InputError("triton computes whole blocks in FP8, no single layers")
     else:
         for name in names:
             linear = model.get_submodule(name)
