@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file at `path` (use a path from `tokenizer.atomic`); the same bytes for the same tensors.
 
     Raises:
         OSError: as the system gave it.
     """
+    # The library (0.8) makes files that their owner alone may read; models on a shared disk are for others too.
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
-        save_file(dict(tensors), path, metadata=dict(metadata))
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from error
-    _sort_metadata(path)
+    path.chmod(mode)
+    if metadata:
+        _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:

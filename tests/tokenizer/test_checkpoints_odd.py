@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,3 +160,18 @@ def test_half_a_part_is_refused(tmp_path: Path) -> None:
         (tmp_path / part / "config.json").unlink()
         assert "config.json is missing" in refused(lambda: AToken.from_pretrained(tmp_path))
         complete(seed=1).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_models_can_be_read_by_whom_the_system_lets(tmp_path: Path, mask: int, mode: int) -> None:
+    """The safetensors library makes files for their owner alone."""
+    model = random_model(CONFIGS["continuous"])
+    before = os.umask(mask)
+    try:
+        model.save_pretrained(tmp_path / "model")
+        model.export_released(tmp_path / "released.safetensors")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: mode for path in files}

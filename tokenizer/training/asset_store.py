@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizer.api import AToken
@@ -27,6 +26,7 @@ from tokenizer.cameras import Cameras
 from tokenizer.config import read_mapping
 from tokenizer.errors import InputError
 from tokenizer.sparse import SparseTokens
+from tokenizer.tensorio import write_safetensors
 from tokenizer.voxels import voxel_features, voxels_to_tokens
 
 Split = Literal["train", "evaluation"]
@@ -109,7 +109,7 @@ def decoded_voxels(model: AToken, asset: StoredAsset, rule: PackingRule, resolut
     decoded = voxel_features(patches, model.config.patch_size)
     features, positions = decoded.features.half().cpu(), decoded.host_positions.short()
     with atomic_path(file) as temporary:
-        save_file({"features": features.contiguous(), "positions": positions.contiguous()}, temporary)
+        write_safetensors({"features": features.contiguous(), "positions": positions.contiguous()}, temporary)
     return SparseTokens(features.float(), positions.int(), [len(features)])
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizer.atomic import atomic_path
@@ -23,6 +22,7 @@ from tokenizer.evaluation.accumulate import Records
 from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.presets import Kind
 from tokenizer.evaluation.features import FrechetMeter, Provenance
+from tokenizer.tensorio import write_safetensors
 
 Row = tuple[Kind, str]
 """Kind of samples, name of a system."""
@@ -192,7 +192,7 @@ def save_state(path: Path, measurement: Measurement, arguments: Mapping[str, Any
     tensors, document = measurement.state()
     text = json.dumps({"arguments": arguments, "state": document})
     with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata={"state": text})
+        write_safetensors({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": text})
 
 
 def load_state(path: Path, measurement: Measurement, arguments: Mapping[str, Any]) -> bool:
