@@ -71,12 +71,20 @@ def _run(options: argparse.Namespace, command: str) -> None:
     by_cudnn = options.attention == "cudnn" and device.type == "cuda"
     attention = "cudnn" if by_cudnn else attention_backend(device, kind)
     report |= {"task": options.task, "attention": attention, "megatron layers": specs}
-    report |= {"compiled": options.compile, "steps": options.steps, "records": []}
+    report |= {"alike": options.alike, "compiled": options.compile, "steps": options.steps, "records": []}
     for model in options.model or MODELS[device.type]:
         sizes = _sizes(model, options.depth, console)
         tokens = options.tokens or TOKENS[device.type].get(model, OTHER_TOKENS[device.type])
         setting = Setting(
-            sizes, options.task, tokens, options.micro_batches, device, options.compile, options.attention, choices
+            sizes,
+            options.task,
+            tokens,
+            options.micro_batches,
+            device,
+            compile=options.compile,
+            attention=options.attention,
+            fp8=choices,
+            alike=options.alike,
         )
         megatron: AbstractContextManager[None] = nullcontext()
         if "megatron" in engines:
@@ -102,6 +110,8 @@ def _check(options: argparse.Namespace, precision: Precision, device: torch.devi
         raise InputError(
             "--fp8 is compared with bf16 on CUDA; on a CPU it is emulated, which says nothing of its speed"
         )
+    if options.attention == "cudnn" and options.task.startswith("image") and not options.alike:
+        raise InputError("--attention cudnn takes batches of visuals of one length alone; add --alike")
     check_options(options, "steps", "micro_batches", "tokens", "depth")
     if precision == "bf16" and not has_bfloat16(device):
         raise InputError(f"{device} has no instructions for bfloat16, it takes many times as long; use --dtype fp32")
@@ -188,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention", default="varlen", choices=("varlen", "cudnn"), help="of the native engine on CUDA"
     )
+    parser.add_argument("--alike", action="store_true", help="pictures of 16 x 16 patches, instead of many shapes")
     parser.add_argument("--apart", action="store_true", help="one model after the other, where a GPU cannot hold two")
     parser.add_argument("--task", default=IMAGE_RECONSTRUCTION, choices=TASKS)
     parser.add_argument("--depth", type=int, help="blocks of encoder and decoder, where the whole model is too slow")

@@ -4,7 +4,8 @@
 #   scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]
 # RESULTS is the folder for logs and figures; SETS the training sets (scripts/build_nano_data.sh makes datasets/sets),
 # STEPS how long stage 2 trains, the other stages in proportion; ASSETS a store of rendered assets
-# (python -m data.sources.furniture), for the Gaussian decoder that stage 3 starts from.
+# (python -m data.sources.furniture), for the Gaussian decoder that stage 3 starts from. A step that hangs is ended
+# after STEP_SECONDS (1200 if not set; 0: never) and counts as failed; training and what measures it may take any time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:?usage: scripts/gpu_pass.sh RESULTS [SETS] [STEPS] [ASSETS]}
@@ -14,15 +15,20 @@ assets=${4:-}
 mkdir -p "$results"
 device=$(python3 -c 'import torch; print(torch.cuda.get_device_name(0).replace(" ", "-").lower())') || exit 1
 failed=0
+limit=${STEP_SECONDS:-1200}
 
 run() { # name, command...: keeps the log and goes on after a failure, so that one pass shows everything
     local name=$1
     shift
     echo "== $name: $*"
-    if ! "$@" >"$results/$name.log" 2>&1; then
+    local code=0
+    timeout --kill-after=30 "$limit" "$@" >"$results/$name.log" 2>&1 || code=$?
+    if [ "$code" = 124 ] || [ "$code" = 137 ]; then
+        echo "   ended after $limit s, see $results/$name.log"
+    elif [ "$code" != 0 ]; then
         echo "   failed, see $results/$name.log"
-        failed=1
     fi
+    [ "$code" = 0 ] || failed=1
     tail -n 3 "$results/$name.log"
 }
 
@@ -47,8 +53,10 @@ if python3 -c 'import torchao.float8' 2>/dev/null; then
         --out "$results/fp8-compiled-$device.json"
 fi
 run fp8-tiles python3 -m benchmarks.fp8_passes --device cuda --tiles --out "$results/fp8-tiles-$device.json"
-run training-so400m-c-cudnn "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 --attention cudnn \
-    --out "$results/training-so400m-c-cudnn-$device.json"
+for attention in varlen cudnn; do # on pictures of one size, which is what cuDNN's kernel takes
+    run "training-so400m-c-$attention" "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 --alike \
+        --attention "$attention" --out "$results/training-so400m-c-alike-$attention-$device.json"
+done
 run training-base-engines python3 -m benchmarks.training --device cuda --apart --engines native megatron --model base \
     --tokens 32768 --out "$results/training-base-engines-$device.json"
 if python3 -c 'import torch, transformer_engine.pytorch' 2>/dev/null; then
@@ -77,6 +85,7 @@ measure() { # name, options...: of the continuous model and the discrete one
         --model "$results/nano-stage3/model" --model "$results/nano-stage4/model" "$@"
 }
 
+limit=0
 if [ -n "$sets" ]; then
     # Tokens of a step: as many as 16 cores decode while a GPU computes, four to eight times those on a CPU.
     workers=$(($(nproc) > 4 ? $(nproc) - 2 : 2))

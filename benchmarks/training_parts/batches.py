@@ -1,6 +1,6 @@
 """Packed batches of random visuals, the same every time, for steps of any task.
 
-Pictures differ in shape, so that attention meets segments of several lengths. A clip is one tile. An asset is a piece
+Pictures differ in shape, so that attention meets segments of several lengths, if they need not be alike. A clip is one tile. An asset is a piece
 of a shell of voxels: as on a real surface, its windows hold anything from one voxel to a few dozen.
 """
 
@@ -34,6 +34,9 @@ from tokenizer.voxels import ASSET_TIME, VIEW_SIZE
 CLIP = (8, 8)
 """Rows and columns of a clip, in patches; with 4 steps in time it has 256 tokens."""
 
+SQUARE = (16, 16)
+"""Rows and columns of pictures that are all alike, in patches: 256 pixels a side, of 16 each."""
+
 ASSET_TOKENS = 2048
 VIEWS = 2
 """Views of an asset that its reconstruction is compared with."""
@@ -48,17 +51,25 @@ class MadeViews:
 
 
 def make_step(
-    task: str, budget: int, micro_batches: int, sizes: ATokenConfig, device: torch.device, resolution: int = 64
+    task: str,
+    budget: int,
+    micro_batches: int,
+    sizes: ATokenConfig,
+    device: torch.device,
+    resolution: int = 64,
+    *,
+    alike: bool = False,
 ) -> list[Prepared]:
     """The micro-batches of a step, each of at most `budget` tokens, as engines take them.
 
     Args:
         resolution: voxels along an edge of the grid of assets.
+        alike: all pictures are `SQUARE`; clips and assets always are of one size.
 
     Raises:
         InputError: a budget that holds not one visual.
     """
-    batches = [_tokens(task, budget, sizes, resolution, seed).to(device) for seed in range(micro_batches)]
+    batches = [_tokens(task, budget, sizes, resolution, seed, alike).to(device) for seed in range(micro_batches)]
     items = [batch.batch_size for batch in batches]
     seen = task == ASSET_RECONSTRUCTION
     totals = Totals(
@@ -87,7 +98,7 @@ def _ready(tokens: SparseTokens) -> SparseTokens:
     return tokens
 
 
-def _tokens(task: str, budget: int, sizes: ATokenConfig, resolution: int, seed: int) -> SparseTokens:
+def _tokens(task: str, budget: int, sizes: ATokenConfig, resolution: int, seed: int, alike: bool) -> SparseTokens:
     generator = torch.Generator().manual_seed(seed)
     if task.startswith("asset"):
         return _assets(budget, sizes, resolution, generator)
@@ -97,7 +108,8 @@ def _tokens(task: str, budget: int, sizes: ATokenConfig, resolution: int, seed: 
         count = budget // (sizes.tile_steps * CLIP[0] * CLIP[1])
         shapes = [(sizes.tile_frames, CLIP[0] * height, CLIP[1] * width)] * count
     else:
-        shapes = [(rows * height, columns * width) for rows, columns in pictures_within(budget)]
+        grids = [SQUARE] * (budget // math.prod(SQUARE)) if alike else pictures_within(budget)
+        shapes = [(rows * height, columns * width) for rows, columns in grids]
     if not shapes:
         raise InputError(f"{budget} tokens hold not one visual of {task}; give more --tokens")
     pixels = [torch.rand(*shape, 3, generator=generator) * 2 - 1 for shape in shapes]

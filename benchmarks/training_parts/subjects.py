@@ -43,7 +43,7 @@ class Setting:
     """What all engines step on.
 
     sizes: of the model. task: of the batches. tokens: budget of a micro-batch. micro_batches: of a step.
-    compile, attention: of the native engine, as a run's. fp8: what "fp8" means.
+    compile, attention: of the native engine, as a run's. fp8: what "fp8" means. alike: pictures have one size.
     """
 
     sizes: ATokenConfig
@@ -54,6 +54,7 @@ class Setting:
     compile: bool = False
     attention: Literal["varlen", "cudnn"] = "varlen"
     fp8: FP8Config = field(default_factory=FP8Config)
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Subject:
             setting.sizes,
             self.device,
             gaussian_sizes(setting.sizes).resolution,
+            alike=setting.alike,
         )
         self.tokens = sum(batch.tokens.num_tokens for batch in self.batches)
         self.work = _sum(work.count(batch.tokens, batch.task) for batch in self.batches)

@@ -103,6 +103,8 @@ def test_so_many_tokens_reach_the_goal() -> None:
 def test_budgets_are_filled_and_groups_hold_what_is_compared() -> None:
     assert sum(rows * columns for rows, columns in pictures_within(2048)) == 2048
     assert pictures_within(15) == []
+    (alike,) = make_step("image_reconstruction", 1000, 1, small_config(), CPU, alike=True)
+    assert alike.tokens.num_tokens == 768 and alike.tokens.lengths.tolist() == [256] * 3
     assert groups_of(["native", "megatron"], "bf16", fp8=["native"]) == [
         [("native", "bf16"), ("native", "fp8")],
         [("native", "bf16"), ("megatron", "bf16")],
@@ -134,6 +136,8 @@ def test_the_command_measures_and_writes(
     assert main([*arguments, "--engines", "megatron"]) == 1
     assert main([*arguments, "--fp8"]) == 1
     assert main([*arguments, "--task", "video_understanding"]) == 1
+    assert main([*arguments, "--attention", "cudnn"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in errors] == ["error"] * 3
+    assert [line.split(":")[0] for line in errors] == ["error"] * 4
     assert "hold not one visual" in errors[2]
+    assert "add --alike" in errors[3]
