@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.decode.assets import asset_size, decode_views, decode_voxels
+from data.names import file_name, path_parts
 from data.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, VOXELS_EXTENSION, Raw, SampleError
 from data.shards.manifest import MANIFEST, Shard, ShardSet, read_set
 from data.shards.reader import SINGLE, read_shard, split_name
@@ -223,7 +224,7 @@ class _Names:
 def shortest_names(urls: Sequence[str]) -> list[str]:
     """What shards are called: their file names, of equal ones with as many folders before them as tell them apart, and
     of the same shard given again with "#2" behind it."""
-    parts = [url.split("/") for url in urls]
+    parts = [[*path_parts(url)[:-1], file_name(url)] for url in urls]
     taken = [1] * len(urls)
     names = [place[-1] for place in parts]
     while True:

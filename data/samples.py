@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from data.mixture import Task
+from data.names import file_name
 from tokenizer.cameras import Cameras
 from tokenizer.errors import InputError
 
@@ -66,7 +67,7 @@ class Raw:
     @property
     def id(self) -> str:
         """Unique in a set of shards, and the same in every epoch: "shard-000012.tar/KEY"."""
-        return f"{self.shard.rsplit('/', 1)[-1]}/{self.key}"
+        return f"{file_name(self.shard)}/{self.key}"
 
     def facts(self) -> dict[str, Any]:
         """KEY.json, or nothing where it is missing. NaN, Infinity and numbers beyond a float's range become None, since

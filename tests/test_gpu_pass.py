@@ -1,4 +1,4 @@
-"""`scripts/gpu_pass.sh` where there is no GPU: its commands are ones that the programs take, and nothing holds it up."""
+"""`scripts/gpu_pass.sh` where there is no GPU: its commands are what the programs take, and nothing holds it up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.gaussian_trainer import GaussianTrainConfig
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {"tokenizer.training.curriculum": RunConfig, "tokenizer.training.gaussian_trainer": GaussianTrainConfig}
+CONFIGS: dict[str, type[RunConfig] | type[GaussianTrainConfig]] = {
+    "tokenizer.training.curriculum": RunConfig,
+    "tokenizer.training.gaussian_trainer": GaussianTrainConfig,
+}
 PROGRAMS = ("tokenizer.parity", "tokenizer.cli", "pytest")
 
 RECORDING = """\
@@ -70,7 +73,7 @@ def test_training_has_the_settings_it_is_given(commands: list[list[str]]) -> Non
         if program in CONFIGS:
             assert sorted(arguments[0:4:2]) == ["--config", "--device"]
             path = ROOT / arguments[arguments.index("--config") + 1]
-            config = load_config(CONFIGS[program], path, arguments[4:])
+            config: RunConfig | GaussianTrainConfig = load_config(CONFIGS[program], path, arguments[4:])
             stages.add(config.stage.number if isinstance(config, RunConfig) else "gaussians")
     assert stages == {1, 2, 3, 4, "gaussians"}
 

@@ -152,7 +152,7 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_odd(hint: Any, value: Any, where: str, place: tuple[str, ...]) -> None:
-    """Refuse what pydantic takes without a word: keys that a dataclass has not, and truth values for numbers.
+    """Refuse what pydantic takes without a word: keys that a dataclass has not, truth values for numbers, and NUL.
 
     Args:
         hint: the type that `value` shall have. place: keys that lead to it.
@@ -162,6 +162,8 @@ def _refuse_odd(hint: Any, value: Any, where: str, place: tuple[str, ...]) -> No
     if isinstance(value, bool) and {int, float} & {*kinds} and bool not in kinds:
         name, given = ".".join(place), str(value).lower()
         raise InputError(f"{where}: {name}: must be a number, got {given} (yes, no, on and off are truth values too)")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{where}: {'.'.join(place)}: holds the character NUL, which no name of a file may")
     inside: Iterator[tuple[Any, Any]] = iter(())
     if isinstance(value, Mapping):
         for kind in kinds:

@@ -1,7 +1,8 @@
 """Packed batches of random visuals, the same every time, for steps of any task.
 
-Pictures differ in shape, so that attention meets segments of several lengths, if they need not be alike. A clip is one tile. An asset is a piece
-of a shell of voxels: as on a real surface, its windows hold anything from one voxel to a few dozen.
+Pictures differ in shape, so that attention meets segments of several lengths, if they need not be alike. A clip is one
+tile. An asset is a piece of a shell of voxels: as on a real surface, its windows hold anything from one voxel to a few
+dozen.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def run_config(setting: Setting, precision: Precision, specs: Specs) -> RunConfi
         model=setting.sizes,
         steps=1000,
         data={},
-        out="",
+        out="nowhere",
         loss=LossWeights(lpips=0.0, gram=0.0, clip=0.0),
         gaussians=gaussian_sizes(setting.sizes) if setting.task == ASSET_RECONSTRUCTION else None,
         precision="fp32" if precision == "fp32" else "bf16",

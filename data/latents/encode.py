@@ -12,6 +12,7 @@ from data.batch import Batch
 from data.latents.format import LatentItem, encode_latents
 from data.latents.statistics import Moments
 from data.mixture import Task
+from data.names import file_name
 from data.samples import LATENTS_EXTENSION, Fault, Item, Raw, SampleError
 from data.shards.manifest import Skipped
 from data.shards.tarwriter import KEYS, Record, is_key
@@ -106,8 +107,7 @@ class ShardEncoder:
         if fault.cause == UNREACHABLE:
             raise SampleError(fault.cause, fault.detail)
         self.on_fault(fault)
-        shard = fault.shard.rsplit("/", 1)[-1]
-        return Skipped(f"{shard}/{fault.key or fault.index}", f"{fault.cause}: {fault.detail}")
+        return Skipped(f"{file_name(fault.shard)}/{fault.key or fault.index}", f"{fault.cause}: {fault.detail}")
 
     def _encoded(self, items: list[Item]) -> Iterator[Record | Skipped]:
         # The model never mixes items, so their order in batches changes nothing but, at most, the last bits.

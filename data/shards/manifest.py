@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
+from data.names import file_beside, file_inside, file_name, path_parts
 from data.samples import IMAGE_EXTENSIONS, LATENTS_EXTENSION, VIDEO_EXTENSIONS, VOXELS_EXTENSION, Kind, SampleError
 from data.shards.reader import scan_shard
 from data.urls import expand_urls, is_remote, local_path, open_url, scheme_of
@@ -50,7 +51,7 @@ class Shard:
     @property
     def name(self) -> str:
         """Its file name."""
-        return self.url.rsplit("/", 1)[-1]
+        return file_name(self.url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +139,8 @@ def read_set(spec: str | Path, *, console: Console | None = None) -> ShardSet:
     if not is_remote(text) and local_path(text).is_dir():
         return _from_folder(local_path(text), console)
     if scheme_of(text) not in ("", "file", "pipe"):
-        manifest = f"{text.rstrip('/')}/{MANIFEST}"
-        if text.endswith("/") or "." not in _last_part(text):
+        manifest = file_inside(text, MANIFEST)
+        if not path_parts(text)[-1] or "." not in _last_part(text):
             return _from_manifest(manifest)
         if not _names_tars(text):
             with contextlib.suppress(SampleError):  # a dot may be that of a folder ("set-v1.0") or of a tar ("a.bin")
@@ -195,8 +196,7 @@ def _names_tars(text: str) -> bool:
 
 
 def _last_part(text: str) -> str:
-    path = urlsplit(text).path if is_remote(text) else text
-    return path.rstrip("/").rsplit("/", 1)[-1]
+    return next((part for part in reversed(path_parts(text)) if part), "")
 
 
 def _from_folder(folder: Path, console: Console | None) -> ShardSet:
@@ -219,8 +219,7 @@ def _from_manifest(url: str) -> ShardSet:
             raise
         raise InputError(f"{url}: not a manifest: not readable as JSON ({' '.join(str(error).split())})") from None
     manifest = _checked(document, url)
-    folder = url.removesuffix(MANIFEST)
-    shards = tuple(Shard(folder + s.name, s.samples, s.bytes, s.sha256) for s in manifest.shards)
+    shards = tuple(Shard(file_beside(url, s.name), s.samples, s.bytes, s.sha256) for s in manifest.shards)
     skipped = tuple(Skipped(s.name, s.reason) for s in manifest.skipped)
     found = ShardSet(manifest.kind, shards, manifest.facts, skipped, manifest.plan)
     if (found.samples, found.bytes) != (manifest.samples, manifest.bytes):

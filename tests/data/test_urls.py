@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data import urls
+from data.names import file_beside, file_name
 from data.samples import SampleError
 from data.shards import reader
 from data.shards.manifest import read_set
@@ -105,6 +106,37 @@ def test_a_set_on_a_server_is_read_like_one_on_disk(server: Server, tmp_path: Pa
         both = zip(read_shard(far.url, samples=far.samples), read_shard(near.url, 0), strict=True)
         assert all((a.id, a.files) == (b.id, b.files) for a, b in both)
         assert [raw.index for raw in read_shard(far.url, 2)] == list(range(2, far.samples))
+
+
+def test_what_lets_in_to_the_manifest_lets_in_to_its_shards(server: Server, tmp_path: Path) -> None:
+    """Signed URLs carry a query, which is no part of what samples are called: the next one is signed anew."""
+    write_set(tmp_path / "set", "images", range(6), make, jobs_per_shard=3, workers=1, facts={})
+    for spec in ("set?sig=a/b.c", "set/?sig=a/b.c", "set/manifest.json?sig=a/b.c"):
+        there = read_set(at(server, spec))
+        assert [s.url for s in there.shards] == [
+            at(server, f"set/{s.name}?sig=a/b.c") for s in read_set(tmp_path / "set").shards
+        ]
+        raws = [raw for shard in there.shards for raw in read_shard(shard.url, samples=shard.samples)]
+        assert [raw.id for raw in raws] == [
+            raw.id for shard in read_set(tmp_path / "set").shards for raw in read_shard(shard.url)
+        ]
+    (alone,) = read_set(at(server, "set/shard-000000.tar?sig=a/b.c")).shards
+    assert alone.name == "shard-000000.tar"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("shard-0.tar", "shard-0.tar"),
+        ("a/what?.tar", "what?.tar"),
+        ("s3://bucket/a/x#1.tar", "x#1.tar"),
+        ("HTTPS://host/a%20b.tar?x=1/2#part", "a b.tar"),
+        ("https://host/get?shard=12", "get?shard=12"),
+    ],
+)
+def test_names_of_files(url: str, name: str) -> None:
+    assert file_name(url) == name
+    assert file_name(file_beside(url, "c d?.tar")) == "c d?.tar"
 
 
 def test_faults_of_servers_are_told_from_the_end_of_a_tar(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

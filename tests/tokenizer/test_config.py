@@ -107,6 +107,10 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
         ("quantizer={codebooks: yes}", "quantizer.codebooks: must be a number, got true"),
         ("optimizer={lr: 1, lr: 2}", "'optimizer={lr: 1, lr: 2}': the key 'lr' stands twice, again in line 1"),
         ("fp8={fp8_recipe: delayed, fp8_margin: -3000}", "fp8: fp8_margin must be from 0 to 14, got -3000"),
+        ('out=""', "out is empty; name the folder of the run"),
+        ('out=" "', "out is empty; name the folder of the run"),
+        ('out="a\\0b"', "out: holds the character NUL"),
+        ('data={sources: ["a\\0b"]}', "data.sources.0: holds the character NUL"),
         ("fp8={fp8_margin: 15}", "fp8: fp8_margin must be from 0 to 14, got 15"),
     ],
 )

@@ -100,6 +100,8 @@ class GaussianTrainConfig:
         for name in ("steps", "views", "start_assets", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.out.strip():
+            raise InputError("out is empty; name the folder of the run, for example out=runs/first")
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"precision must be fp32 or bf16, got '{self.precision}'")
 

@@ -269,6 +269,8 @@ class RunConfig:
         for name, count in counts.items():
             if count < 1:
                 raise InputError(f"{name} must be at least 1, got {count}")
+        if not self.out.strip():
+            raise InputError("out is empty; name the folder of the run, for example out=runs/first")
         if odd := next(_not_finite(asdict(self), ""), None):
             raise InputError(f"{odd[0]} must be a finite number, got {odd[1]}; checkpoints and logs hold no other")
         known = [option.name for option in fields(ParallelConfig)]
