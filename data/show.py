@@ -42,6 +42,9 @@ from tokenizer.errors import InputError
 
 HEAD = ("", "min", "5%", "median", "95%", "max", "mean")
 
+WRITTEN = ("index.html", "sheet.png", "plots.png", "statistics.json")
+"""All that is written besides broken.jsonl, the page first."""
+
 _WORKERS_FROM = 2000
 """Samples from which on starting processes pays."""
 
@@ -89,7 +92,7 @@ class Report:
         buffer = io.StringIO()
         Console(file=buffer, width=100).print(shown)
         rows = [row.rstrip() for row in buffer.getvalue().splitlines()]
-        return "\n".join([*self.lines(), *rows, f"written to {self.out}: sheet.png, index.html"])
+        return "\n".join([*self.lines(), *rows, f"written to {self.out}: {', '.join(WRITTEN)}"])
 
 
 def show(

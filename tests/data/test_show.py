@@ -97,7 +97,9 @@ def test_the_sheet_shows_the_samples_that_the_seed_draws(tmp_path: Path) -> None
     write_tar(tmp_path / "plain.tar", samples)
     seen: dict[int, set[tuple[int, ...]]] = {}
     for seed in (0, 1):
-        show(str(tmp_path / "plain.tar"), tmp_path / "out", count=3, seed=seed)
+        report = show(str(tmp_path / "plain.tar"), tmp_path / "out", count=3, seed=seed)
+        told = report.as_text().splitlines()[-1].rpartition(": ")[2].split(", ")
+        assert sorted(told) == sorted(path.name for path in (tmp_path / "out").iterdir())
         first = (tmp_path / "out" / "sheet.png").read_bytes()
         show(str(tmp_path / "plain.tar"), tmp_path / "out", count=3, seed=seed)
         assert (tmp_path / "out" / "sheet.png").read_bytes() == first
