@@ -116,6 +116,11 @@ class Stream:
         self._planned: list[tuple[Chunk, _Cursor]] = []  # chunks between the two cursors, each with what follows it
         self._taken = 0  # samples taken of the first planned chunk
 
+    @property
+    def samples(self) -> int:
+        """In an epoch, of all processes together."""
+        return sum(self._counts)
+
     def plan(self) -> Chunk | None:
         """The next chunk to read ahead, or None after the last epoch."""
         planned = self._after(self._ahead)

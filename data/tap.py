@@ -36,20 +36,28 @@ class Tap:
     def __init__(self, stream: Stream, fetcher: Fetcher, quarantine: Quarantine, ahead: int) -> None:
         self.stream = stream
         self._fetcher, self._quarantine, self._ahead = fetcher, quarantine, ahead
+        self._lost = 0  # samples since the last whole one
 
     def next(self) -> Held | None:
         """The next sample that is whole; None after the last epoch.
 
         Raises:
-            InputError: too many broken samples, or workers that die.
+            InputError: too many broken samples, or workers that die; or a source that has none that is whole, which
+                would be read for ever, however many may be broken.
         """
         while self._plan():
             outcome = self._fetcher.next(self.stream.name)
             position = self.stream.take()
             if isinstance(outcome, Item):
                 self._quarantine.count_good(self.stream.name)
+                self._lost = 0
                 return Held(outcome, self.stream.name, position)
             self._quarantine.add(outcome)
+            self._lost += 1
+            if self._lost > self.stream.samples:
+                raise InputError(
+                    f"source {self.stream.name}: not one of its samples can be read; the last: {self._quarantine.last}"
+                )
         return None
 
     def _plan(self) -> bool:

@@ -234,6 +234,18 @@ def test_too_many_broken_samples_stop_the_run(sets: dict[str, ShardSet]) -> None
     assert patient.quarantine.causes.keys() == {"damaged picture"}
 
 
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_a_source_without_a_whole_sample_is_not_read_for_ever(sets: dict[str, ShardSet], epochs: int | None) -> None:
+    """However many may be broken, and whatever other sources give."""
+    broken = TinyDecoder("a", IMAGE, broken=tuple(f"a{number:04d}" for number in range(sets["a"].samples)))
+    both = [feed(sets["a"], broken, epochs=epochs), feed(sets["b"], TinyDecoder("b", IMAGE))]
+    quarantine = Quarantine(1.0)
+    loader = load(sets, both, quarantine=quarantine, ratios={IMAGE: 1}, every_step=())
+    with loader, pytest.raises(InputError, match=r"source a: not one of its samples can be read; the last: .*a00"):
+        steps(loader, 100)
+    assert quarantine.bad == sets["a"].samples + 1
+
+
 def test_damaged_and_vanished_shards_are_counted_and_passed(tmp_path: Path) -> None:
     found = tiny_set(tmp_path, "a", 50, 10)
     cut, gone = Path(found.shards[1].url), Path(found.shards[3].url)

@@ -186,6 +186,13 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     loop = json.loads((tmp_path / "run" / "checkpoints" / "step-000008" / "loop.json").read_text())
     assert loop["progress"]["best"] == {"score": 5.0, "step": 2}
 
+    # Scores on other samples are no match for it.
+    scores = iter([2.0, 1.0])
+    others = (*settings[1:], f"out={tmp_path}/run", "log.pictures_every=100", "validation.limit=1")
+    assert train(pictures_alone("steps=12", *others), CPU) == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000010", "step-000012"]
+
 
 @pytest.mark.usefixtures("here")
 def test_bad_steps_are_skipped_counted_kept_and_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

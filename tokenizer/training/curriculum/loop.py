@@ -51,6 +51,9 @@ is how products are rounded, not what is trained: a run may end in bfloat16, or 
 which kernels compute, and when, is up to the machine that it goes on with, and so is where frozen networks lie. Rates
 may be lowered where steps failed."""
 
+MEASURED_ON = frozenset({"validation.sources", "validation.limit"})
+"""Settings with which scores cannot be compared with those of before."""
+
 
 @dataclass(slots=True)
 class LoopProgress(Progress):
@@ -337,6 +340,9 @@ class Loop:
                 torch.set_rng_state(tensors["rng"][self.processes.rank].clone())
             self.progress = LoopProgress(**loop["progress"])
             self._saved = self.progress.step
+            if self.progress.best and {*changed_settings(self.config, loop["settings"])} & MEASURED_ON:
+                self.progress.best = {}
+                self.records.say("other held-out samples than before: which checkpoint is the best is judged anew")
             self.records.say(f"going on from step {self.progress.step}")
         self.records.start(self.progress.step)
 
