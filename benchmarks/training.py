@@ -65,7 +65,9 @@ def _run(options: argparse.Namespace, command: str) -> None:
     precision: Precision = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
     _check(options, precision, device)
     engines, specs = _engines(options.engines, device, console)
-    choices = FP8Config(fp8_recipe=options.fp8_recipe, backend=options.fp8_backend)
+    choices = FP8Config(
+        fp8_recipe=options.fp8_recipe, backend=options.fp8_backend, fast_accumulation=options.fp8_fast_accumulation
+    )
     fp8 = _with_fp8(engines, specs, choices, report, device, console) if options.fp8 else []
     kind = torch.float32 if precision == "fp32" else torch.bfloat16
     by_cudnn = options.attention == "cudnn" and device.type == "cuda"
@@ -167,7 +169,8 @@ def _with_fp8(
     """
     able: list[EngineName] = []
     if "native" in engines:
-        report["native FP8"] = f"{choose_backend(fp8, device)}, {fp8.fp8_recipe}"
+        fast = "" if fp8.fast_accumulation == "forward" else f", fast accumulation {fp8.fast_accumulation}"
+        report["native FP8"] = f"{choose_backend(fp8, device)}, {fp8.fp8_recipe}{fast}"
         able.append("native")
     if "megatron" in engines and specs == "transformer_engine":
         able.append("megatron")
@@ -194,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp8", action="store_true", help="on CUDA: FP8 beside bf16")
     parser.add_argument("--fp8-recipe", default="tensorwise", choices=("tensorwise", "delayed"))
     parser.add_argument("--fp8-backend", default="auto", choices=("auto", "transformer_engine", "torchao", "triton"))
+    parser.add_argument(
+        "--fp8-fast-accumulation", default="forward", choices=("forward", "all"), help="products summed with 14 bits"
+    )
     parser.add_argument("--compile", action="store_true", help="the native engine's blocks; torchao is slow without")
     parser.add_argument(
         "--attention", default="varlen", choices=("varlen", "cudnn"), help="of the native engine on CUDA"

@@ -53,6 +53,8 @@ if python3 -c 'import torchao.float8' 2>/dev/null; then
         --out "$results/fp8-compiled-$device.json"
 fi
 run fp8-tiles python3 -m benchmarks.fp8_passes --device cuda --tiles --out "$results/fp8-tiles-$device.json"
+run training-so400m-c-fast "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 \
+    --fp8-fast-accumulation all --out "$results/training-so400m-c-fast-$device.json"
 for attention in varlen cudnn; do # on pictures of one size, which is what cuDNN's kernel takes
     run "training-so400m-c-$attention" "${native[@]}" --model so400m-c --tokens 22528 --micro-batches 4 --alike \
         --attention "$attention" --out "$results/training-so400m-c-alike-$attention-$device.json"

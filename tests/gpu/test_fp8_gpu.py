@@ -97,15 +97,20 @@ def test_fused_blocks_are_as_exact_as_the_emulation(
 ) -> None:
     exact = gradients(None, width, shapes)
     errors = {}
-    for backend in ("emulated", "triton"):
-        found = gradients(FP8Config(backend=backend, fp8_recipe="delayed"), width, shapes)
+    for kind, config in {
+        "emulated": FP8Config(backend="emulated", fp8_recipe="delayed"),
+        "triton": FP8Config(backend="triton", fp8_recipe="delayed"),
+        "fast": FP8Config(backend="triton", fp8_recipe="delayed", fast_accumulation="all"),
+    }.items():
+        found = gradients(config, width, shapes)
         assert found.keys() == exact.keys()
-        errors[backend] = {name: relative_error(found[name], exact[name].double()) for name in exact}
-    for name, error in errors["triton"].items():
-        # Which numbers fall between which steps is chance; what one gradient loses by it the next one wins.
-        assert error < 2 * errors["emulated"][name] + 0.05, name
-    means = {backend: sum(found.values()) / len(found) for backend, found in errors.items()}
-    assert means["triton"] < 1.2 * means["emulated"]
+        errors[kind] = {name: relative_error(found[name], exact[name].double()) for name in exact}
+    means = {kind: sum(found.values()) / len(found) for kind, found in errors.items()}
+    for kind in ("triton", "fast"):
+        for name, error in errors[kind].items():
+            # Which numbers fall between which steps is chance; what one gradient loses by it the next one wins.
+            assert error < 2 * errors["emulated"][name] + 0.05, (kind, name)
+        assert means[kind] < 1.2 * means["emulated"], kind
 
 
 def gradients(

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -27,7 +27,7 @@ from tests.tokenizer.fp8_networks import tiny_config, tiny_network
 from tests.tokenizer.networks import visuals
 from tokenizer.fp8 import FP8Config
 from tokenizer.fp8.backends import fused_blocks
-from tokenizer.fp8.fused import block, launch, scales
+from tokenizer.fp8.fused import block, launch, products, scales
 from tokenizer.fp8.fused.scales import BLOCK_LAYERS, Scales
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.sparse import SparseTokens
@@ -70,6 +70,7 @@ def main() -> int:
         for one in timed:
             one.call()
     what_is_broken_stays_broken()
+    what_may_be_summed_fast_is_what_was_said()
     print(json.dumps(found))
     return 0
 
@@ -102,6 +103,27 @@ def what_is_broken_stays_broken() -> None:
         assert not kept.history.any()
 
 
+def what_may_be_summed_fast_is_what_was_said() -> None:
+    """Of each of the eight layers of two blocks: one product forward, and two backward."""
+    product, flags = products._product, list[bool]()
+
+    def counted(*operands: Any, fast: bool) -> Tensor:
+        flags.append(fast)
+        return product(*operands, fast=fast)
+
+    setattr(products, "_product", counted)  # noqa: B010
+    try:
+        for choice, fast in (("forward", 8), ("all", 24)):
+            flags.clear()
+            model = network()
+            fuse(model, "delayed", fast_accumulation=choice)
+            run(model).sum().backward()
+            assert len(flags) == 24
+            assert sum(flags) == fast
+    finally:
+        setattr(products, "_product", product)  # noqa: B010
+
+
 def shared_out(rank: int, folder: Path, exact: dict[str, Tensor]) -> None:
     """The same in one of two processes that share parameters out; both see the same tokens."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
@@ -132,10 +154,10 @@ def network() -> ATokenNetwork:
     return model
 
 
-def fuse(model: ATokenNetwork, recipe: Literal["tensorwise", "delayed"]) -> Scales:
+def fuse(model: ATokenNetwork, recipe: Literal["tensorwise", "delayed"], **options: Any) -> Scales:
     names = [f"{part}.transformer.blocks.0.{layer}" for part in ("encoder", "decoder") for layer in BLOCK_LAYERS]
     # FP8 saturates where a magnitude grows; numbers of 16 bits do not, and need room.
-    return fused_blocks(model, names, FP8Config(fp8_recipe=recipe, fp8_margin=2), torch.device("cpu"))
+    return fused_blocks(model, names, FP8Config(fp8_recipe=recipe, fp8_margin=2, **options), torch.device("cpu"))
 
 
 def images() -> SparseTokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -123,6 +123,12 @@ def test_products_are_torchaos(fp8_format: Any) -> None:
     swap(ours, ["0"], [], "emulated", config)
     torchao_layers(theirs, ["0"], config, emulate=True)
     assert set(theirs.state_dict()) == {"0.weight", "0.bias"}
+    choices: tuple[tuple[Literal["forward", "all"], bool], ...] = (("forward", False), ("all", True))
+    for choice, backward in choices:
+        torchao_layers(made := nn.Sequential(linear_layer(48, 32)), ["0"], replace(config, fast_accumulation=choice))
+        options: Any = made[0].config
+        products = (options.gemm_config_output, options.gemm_config_grad_input, options.gemm_config_grad_weight)
+        assert [product.use_fast_accum for product in products] == [True, backward, backward]
     generator = torch.Generator().manual_seed(3)
     data, gradient = torch.randn(32, 48, generator=generator), torch.randn(32, 32, generator=generator)
     results = []

@@ -24,6 +24,7 @@ from tokenizer.model.config import CONFIGS, ATokenConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DELAYED = FP8Config(fp8_recipe="delayed", fp8_amax_history_len=4)
+FAST = FP8Config(fast_accumulation="all")
 
 
 def on_meta(name: str) -> ATokenNetwork:
@@ -108,6 +109,7 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
         (DELAYED, CUDA, ("torchao", "triton"), (9, 0), "triton"),
         (FP8Config(), CUDA, ("triton",), (9, 0), "triton"),
         (FP8Config(backend="triton"), CUDA, ("torchao", "triton"), (9, 0), "triton"),
+        (FAST, CUDA, ("transformer_engine", "torchao", "triton"), (9, 0), "torchao"),
         (FP8Config(), CUDA, (), (9, 0), "pip install triton"),
         (DELAYED, CUDA, ("torchao",), (9, 0), "pip install triton"),
         (FP8Config(), CUDA, ("torchao",), (8, 0), "compute capability is 8.0, and 8.9 is the first"),

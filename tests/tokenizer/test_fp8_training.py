@@ -139,6 +139,10 @@ def test_processes_that_share_gradients_or_weights_train_in_fp8(sets: Path, tmp_
         (("precision=fp32", "fp8={}"), "fp8 stands among bfloat16 layers, but precision is fp32; set precision=bf16"),
         (("fp8={fp8_formatt: e4m3}",), "unknown key 'fp8.fp8_formatt'; did you mean 'fp8.fp8_format'"),
         (("fp8={backend: torchao, fp8_recipe: delayed}",), "torchao has no delayed scaling"),
+        (
+            ("fp8={backend: transformer_engine, fast_accumulation: all}",),
+            "Transformer Engine sums fast forward alone; set fp8.backend to triton or torchao",
+        ),
         (("fp8={keep: ['decoder.mlp']}",), "fp8.keep: no FP8 layer is called 'decoder.mlp'"),
         (("fp8={backend: transformer_engine}",), "needs CUDA"),
     ],
@@ -157,6 +161,8 @@ def test_megatron_takes_the_same_switch(tmp_path: Path) -> None:
     assert (switched.transformer_impl, switched.bf16) == ("transformer_engine", True)
     assert (switched.fp8_format, switched.fp8_recipe) == ("e4m3", "tensorwise")
     assert (switched.num_layers_at_end_in_bf16, switched.fp8_amax_history_len) == (1, 1024)
+    with pytest.raises(InputError, match=r"fp8\.fast_accumulation is all, but Transformer Engine"):
+        layout_of(run(tmp_path, "fp8={fast_accumulation: all}"), "run.yaml")
     # What its own section says counts more.
     assert layout_of(run(tmp_path, "recompute=true"), "run.yaml").recompute_num_layers == 1
     chosen = layout_of(run(tmp_path, "recompute=true", "megatron={recompute_granularity: selective}"), "run.yaml")

@@ -35,7 +35,10 @@ def torchao_layers(model: nn.Module, names: Iterable[str], config: FP8Config, *,
     float8 = _imported("torchao.float8", "torchao", "transformer_engine")
     chosen = frozenset(names)
     gradient = torch.float8_e5m2 if config.fp8_format == "hybrid" else torch.float8_e4m3fn
+    backward = float8.config.Float8GemmConfig(use_fast_accum=config.fast_accumulation == "all")
     options = float8.Float8LinearConfig(
+        gemm_config_grad_input=backward,
+        gemm_config_grad_weight=backward,
         cast_config_grad_output=float8.CastConfig(target_dtype=gradient),
         pad_inner_dim=True,
         emulate=emulate,

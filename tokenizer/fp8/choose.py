@@ -42,7 +42,7 @@ def choose_backend(config: FP8Config, device: torch.device) -> Backend:
         if not _installed(config.backend):
             raise InputError(f"fp8.backend {config.backend} is not installed: {_INSTALL[config.backend]}")
         return config.backend
-    if _installed("transformer_engine"):
+    if _installed("transformer_engine") and config.fast_accumulation == "forward":
         return "transformer_engine"
     if config.fp8_recipe == "tensorwise" and _installed("torchao"):
         return "torchao"

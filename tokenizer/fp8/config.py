@@ -25,6 +25,9 @@ class FP8Config:
         from step to step; by other scales every change of the largest value moves all that it is rounded to. It costs
         range, of which there is enough. Transformer Engine has it with tensorwise alone, and inside Megatron by its
         variable NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1.
+    fast_accumulation: which products Hopper may sum as fast as it can, with about 14 bits: "forward", as Transformer
+        Engine and torchao do, or "all", backward too, where sums are as long as a batch and small gradients may be lost
+        in them. Of "triton" and "torchao"; emulation sums in float32 whatever it says.
     num_layers_at_start_in_bf16 / num_layers_at_end_in_bf16: blocks of encoder and decoder that stay bfloat16.
     backend: "auto" is Transformer Engine on CUDA where it is installed, torchao where not ("triton" for the delayed
         recipe), and emulation on a CPU. "triton" is our own, fused by blocks and the fastest; torch for CUDA brings all
@@ -38,6 +41,7 @@ class FP8Config:
     fp8_amax_history_len: int = 1024
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     power_of_two_scales: bool = True
+    fast_accumulation: Literal["forward", "all"] = "forward"
     num_layers_at_start_in_bf16: int = 0
     num_layers_at_end_in_bf16: int = 0
     backend: Literal["auto", "transformer_engine", "torchao", "triton", "emulated"] = "auto"
@@ -48,6 +52,8 @@ class FP8Config:
             raise InputError(f"fp8_amax_history_len must be at least 1, got {self.fp8_amax_history_len}")
         if self.backend == "torchao" and self.fp8_recipe == "delayed":
             raise InputError("torchao has no delayed scaling; use fp8_recipe tensorwise or another backend")
+        if self.backend == "transformer_engine" and self.fast_accumulation == "all":
+            raise InputError("Transformer Engine sums fast forward alone; set fp8.backend to triton or torchao")
         self.megatron()
 
     def megatron(self) -> ParallelConfig:
@@ -74,9 +80,14 @@ class FP8Config:
                 "fp8.keep names layers, which Megatron cannot keep one by one; set fp8.num_layers_at_start_in_bf16 or "
                 "fp8.num_layers_at_end_in_bf16, or train with atoken train"
             )
+        if self.fast_accumulation == "all":
+            raise InputError(
+                "fp8.fast_accumulation is all, but Transformer Engine, which Megatron uses, sums fast forward alone; "
+                "leave it out, or train with atoken train"
+            )
         return self._options()
 
     def _options(self) -> dict[str, Any]:
-        ours = ("backend", "keep", "power_of_two_scales")
+        ours = ("backend", "keep", "power_of_two_scales", "fast_accumulation")
         shared = {name: getattr(self, name) for name in self.__slots__ if name not in ours}
         return {"transformer_impl": "transformer_engine", **shared}

@@ -44,6 +44,7 @@ class FusedBlock(Block):
         self.attention_norm, self.attention = block.attention_norm, block.attention
         self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
         self.scales, self._first = scales, TENSORS * number
+        self.fast_backward = scales.config.fast_accumulation == "all"
         self._rounded: tuple[list[int], list[Operand]] | None = None
         self.train(block.training)
 
@@ -144,6 +145,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, means, factors, turned, norm_weight, qkv, query_scale, key_scale, table, weight = ctx.saved_tensors
         block, (norm_bias, bias), (inverse, weight_inverse) = ctx.block, ctx.biases, ctx.inverses
+        fast = block.fast_backward
         scales = (query_scale, key_scale) if query_scale is not None else None
         heads = Heads(ctx.heads.heads, ctx.heads.width, scales, table)
         query, key, value, above = (gradient.contiguous() for gradient in gradients)
@@ -151,14 +153,14 @@ class _Start(torch.autograd.Function):
             (query, key, value), qkv, heads, block.site(_QKV, gradient=True), sums=bias
         )
         below = launch.norm_backward(
-            products.of_inputs(operand, Kept(weight, weight_inverse)),
+            products.of_inputs(operand, Kept(weight, weight_inverse), fast=fast),
             above,
             (x, means, factors),
             norm_weight,
             rms=isinstance(block.attention_norm, RMSNorm),
             bias=norm_bias,
         )
-        of_weight = products.of_weight(operand, Kept(turned, inverse)) if ctx.needs_input_grad[7] else None
+        of_weight = products.of_weight(operand, Kept(turned, inverse), fast=fast) if ctx.needs_input_grad[7] else None
         return (
             below.x, None, None, None, None,
             below.weight, below.bias, of_weight, of_bias, *(of_scales or (None, None)),
@@ -208,20 +210,21 @@ class _Rest(torch.autograd.Function):
         heads, x, means, factors, normed, hidden, active, norm_weight, out, up, down = ctx.saved_tensors
         heads_inverse, normed_inverse, active_inverse, out_inverse, up_inverse, down_inverse = ctx.inverses
         block, (out_bias, norm_bias, up_bias, down_bias) = ctx.block, ctx.biases
+        fast = block.fast_backward
         of_out, of_up, of_down = (ctx.needs_input_grad[number] for number in (5, 9, 11))
         gradient = gradient.contiguous()
         above, for_down_bias = launch.cast(gradient, block.site(_DOWN, gradient=True), sums=down_bias)
-        for_down = products.of_weight(above, Kept(active, active_inverse)) if of_down else None
+        for_down = products.of_weight(above, Kept(active, active_inverse), fast=fast) if of_down else None
         middle, for_up_bias = launch.gelu_backward(
-            products.of_inputs(above, Kept(down, down_inverse)),
+            products.of_inputs(above, Kept(down, down_inverse), fast=fast),
             hidden,
             len(x),
             block.site(_UP, gradient=True),
             sums=up_bias,
         )
-        for_up = products.of_weight(middle, Kept(normed, normed_inverse)) if of_up else None
+        for_up = products.of_weight(middle, Kept(normed, normed_inverse), fast=fast) if of_up else None
         below = launch.norm_backward(
-            products.of_inputs(middle, Kept(up, up_inverse)),
+            products.of_inputs(middle, Kept(up, up_inverse), fast=fast),
             gradient,
             (x, means, factors),
             norm_weight,
@@ -231,8 +234,8 @@ class _Rest(torch.autograd.Function):
             sums=out_bias,
         )
         assert below.operand is not None
-        for_out = products.of_weight(below.operand, Kept(heads, heads_inverse)) if of_out else None
-        for_attended = products.of_inputs(below.operand, Kept(out, out_inverse))[: len(x)]
+        for_out = products.of_weight(below.operand, Kept(heads, heads_inverse), fast=fast) if of_out else None
+        for_attended = products.of_inputs(below.operand, Kept(out, out_inverse), fast=fast)[: len(x)]
         return (
             for_attended, below.x, None, None, None,
             for_out, below.sums, below.weight, below.bias, for_up, for_up_bias, for_down, for_down_bias,

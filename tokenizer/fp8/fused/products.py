@@ -1,8 +1,8 @@
 """The three products of a linear layer from operands in FP8.
 
 On CUDA they are `torch._scaled_mm`. The product forward sums as fast as the hardware can (with about 14 bits), the ones
-backward in full float32, as Transformer Engine does. Elsewhere, where kernels run in Triton's interpreter, they are
-computed in float32.
+backward in full float32, as Transformer Engine does, unless they are asked to be `fast` too. Elsewhere, where kernels
+run in Triton's interpreter, they are computed in float32.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def forward(x: Operand, weight: Operand) -> Tensor:
     return _product(x.plain, weight.plain, x.inverse, weight.inverse, weight.bias, torch.bfloat16, fast=True)
 
 
-def of_inputs(gradient: Operand, weight: Kept) -> Tensor:
+def of_inputs(gradient: Operand, weight: Kept, *, fast: bool) -> Tensor:
     """gradient [P, O], weight [O, I] -> gradient weight [P, I] in bfloat16."""
-    return _product(gradient.plain, weight.turned, gradient.inverse, weight.inverse, None, torch.bfloat16, fast=False)
+    return _product(gradient.plain, weight.turned, gradient.inverse, weight.inverse, None, torch.bfloat16, fast=fast)
 
 
-def of_weight(gradient: Operand, x: Kept) -> Tensor:
+def of_weight(gradient: Operand, x: Kept, *, fast: bool) -> Tensor:
     """gradient [P, O], x [P, I] -> gradient^T x [O, I] in float32."""
-    return _product(gradient.turned, x.turned, gradient.inverse, x.inverse, None, torch.float32, fast=False)
+    return _product(gradient.turned, x.turned, gradient.inverse, x.inverse, None, torch.float32, fast=fast)
 
 
 def _product(
