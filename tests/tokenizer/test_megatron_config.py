@@ -23,6 +23,7 @@ from tokenizer.megatron.rows import from_boundary, pad_rows, padded_count, to_bo
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import BASE, CONFIGS, NANO, SO400M_C, ATokenConfig
 
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 FP8 = {"transformer_impl": "transformer_engine", "bf16": True, "fp8_format": "hybrid"}
 
 
@@ -38,6 +39,7 @@ FP8 = {"transformer_impl": "transformer_engine", "bf16": True, "fp8_format": "hy
         ({**FP8, "num_layers_at_start_in_bf16": 1}, "'tensorwise'"),
         ({"num_layers_at_end_in_bf16": 1}, "need an fp8_format"),
         ({"recompute_granularity": "full"}, "it needs both"),
+        ({**UNIFORM, "recompute_num_layers": 0}, "recompute_num_layers must be at least 1, got 0"),
         ({"fp8_margin": -3000}, "fp8_margin must be from 0 to 14, got -3000"),
         ({"fp8_formatt": "hybrid"}, "did you mean 'fp8_format'"),
     ],
@@ -69,6 +71,7 @@ def test_options_that_contradict_are_refused(options: dict[str, Any], said: str)
             "leave none of the encoder's 2",
         ),
         (replace(BASE, encoder=replace(BASE.encoder, depth=0)), {}, 1, "no blocks"),
+        (SO400M_C, {**UNIFORM, "recompute_num_layers": 2}, 1, "27 blocks are not divisible by recompute_num_layers 2"),
     ],
 )
 def test_impossible_layouts_are_refused(config: ATokenConfig, options: Any, world: int, said: str) -> None:

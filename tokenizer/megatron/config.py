@@ -64,6 +64,8 @@ class ParallelConfig:
             )
         if (self.recompute_method is None) != (self.recompute_num_layers is None):
             raise InputError("recompute_method and recompute_num_layers are given together or not at all")
+        if self.recompute_num_layers is not None and self.recompute_num_layers < 1:
+            raise InputError(f"recompute_num_layers must be at least 1, got {self.recompute_num_layers}")
 
     def _check_sizes(self) -> None:
         if self.tensor_model_parallel_size < 1:
@@ -141,6 +143,11 @@ def _check_stack(part: str, stack: TransformerConfig, parallel: ParallelConfig) 
     for name, size in (("heads", stack.heads), ("mlp_width", stack.mlp_width)):
         if size % ranks:
             raise InputError(f"{name} {size} of the {part} is not divisible by tensor_model_parallel_size {ranks}")
+    if parallel.recompute_method == "uniform" and stack.depth % (parallel.recompute_num_layers or 1):
+        raise InputError(
+            f"the {part}'s {stack.depth} blocks are not divisible by recompute_num_layers "
+            f"{parallel.recompute_num_layers}, as recompute_method 'uniform' needs it"
+        )
     kept = parallel.num_layers_at_start_in_bf16 + parallel.num_layers_at_end_in_bf16
     if parallel.fp8_format is not None:
         if kept >= stack.depth:
