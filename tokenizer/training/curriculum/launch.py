@@ -134,6 +134,7 @@ def train(
                 config.seed,
                 config.perceptual_images,
                 config.choices.imitated_width if config.loss.imitation else None,
+                bf16=config.precision == "bf16",
             ),
             source,
             Validation(held_out, engine, processes, patch_size, tower, model.gaussians),
