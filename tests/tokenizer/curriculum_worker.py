@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from data.config import open_training_loader
-from tests.tokenizer.curriculum_data import IMITATED, IMITATING, StubTower, pictures_alone, smoke
+from tests.tokenizer.curriculum_data import IMITATED, IMITATING, StubTower, smoke
+from tokenizer.text import alignment
+from tokenizer.training.curriculum import launch
 from tokenizer.training.curriculum.launch import train
 from tokenizer.training.curriculum.objective import make_objective
 from tokenizer.training.curriculum.preparation import Preparer
@@ -51,18 +53,27 @@ def status_of(child: int) -> int:
 
 
 def kills(folder: Path) -> None:
-    """One run in peace, and one that is killed at random moments; both end in `folder`."""
-    settings = ("steps=12", "checkpoint.every=2", "validation.every=4", "log.pictures_every=100")
-    assert status_of(fork(lambda: train(pictures_alone(*settings, f"out={folder}/peace"), CPU))) == 0
+    """One run in peace, and one that is killed at random moments; both end in `folder`.
+
+    Of stage 4, which has everything: all tasks, texts, Gaussians and FSQ.
+    """
+    settings = ("steps=12", "checkpoint.every=2", "validation.every=4", "log.pictures_every=4", *IMITATING)
+    for module in (launch, alignment):
+        setattr(module, "open_tower", lambda *_: StubTower())  # noqa: B010
+
+    def run(name: str) -> int:
+        return train(smoke(4, "start={kind: scratch}", f"out={folder}/{name}", *settings), CPU)
+
+    assert status_of(fork(lambda: run("peace"))) == 0
     chance = random.Random(5)
     for _ in range(KILLS):
-        child = fork(lambda: train(pictures_alone(*settings, f"out={folder}/killed"), CPU))
+        child = fork(lambda: run("killed"))
         _wait_for_lines(folder / "killed" / "metrics.jsonl", chance.randint(1, 5))
         time.sleep(chance.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         if status_of(child) == 0:
             break
-    assert status_of(fork(lambda: train(pictures_alone(*settings, f"out={folder}/killed"), CPU))) == 0
+    assert status_of(fork(lambda: run("killed"))) == 0
 
 
 def _wait_for_lines(path: Path, more: int) -> None:
