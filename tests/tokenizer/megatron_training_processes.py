@@ -109,6 +109,18 @@ class Run:
         outcome = self.engine.clip_and_step(self.done, self.engine.forward_backward(parts)["loss"])
         return not outcome.done and self.seen() == before
 
+    def odd_samples(self, lost: bool) -> str:
+        """What is said where this process could not read the first sample of a step, or another could not."""
+        turns = [next(loader) for loader in self.loaders]
+        first = max(turns[0], key=lambda batch: len(batch.items))
+        if lost:
+            turns[0] = [replace(b, items=b.items[1:]) if b is first else b for b in turns[0]]
+        try:
+            self.preparer(turns, self.done)
+        except InputError as error:
+            return str(error)
+        return ""
+
     def seen(self) -> dict[str, float]:
         """What the averaged model makes of a batch of each task, in one number."""
         if not self.looked_at:
@@ -147,6 +159,7 @@ def layout(name: str, rank: int) -> None:
             torch.save(state, "tp.pt")
     found["next"] = run.step()
     found["skipped"] = run.bad_step(spoilt=name != "dp" or rank == 1)
+    found["odd samples"] = run.odd_samples(lost=rank == 1)
     Path(f"{name}-{rank}.json").write_text(json.dumps(found))
     if parallel is not None:
         dist.barrier()

@@ -77,6 +77,15 @@ def test_a_step_that_is_not_finite_changes_nothing_anywhere(runs: Path) -> None:
 
 
 @needs_megatron
+def test_processes_of_one_copy_have_the_same_samples_or_stop(runs: Path) -> None:
+    """They read for themselves, and one of them may have found a shard out of reach."""
+    said = {name: {found(runs, name, rank)["odd samples"] for rank in range(world)} for name, world in WORLDS.items()}
+    assert [name for name, lines in said.items() if lines != {""}] == ["tp", "pp"]
+    assert said["tp"] == said["pp"]
+    assert "a copy of the model together were given different samples" in said["tp"].pop()
+
+
+@needs_megatron
 def test_the_launcher_stops_when_told_and_goes_on_at_another_layout(runs: Path) -> None:
     statuses = json.loads((runs / "statuses.json").read_text())
     assert statuses == {

@@ -39,6 +39,11 @@ class Copies(Processes):
     def sum(self, numbers: Sequence[float]) -> list[float]:
         return super().sum(numbers if self.leads else [0.0] * len(numbers))
 
+    def alike(self, number: float) -> bool:
+        ends = torch.tensor([number, -number], dtype=torch.float64, device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=parallel_state.get_model_parallel_group())
+        return not self.largest(float(ends.sum()))
+
     def gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, value if self.leads else None)

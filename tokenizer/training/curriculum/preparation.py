@@ -189,7 +189,8 @@ class Preparer:
             step: number of the step, from 0.
 
         Raises:
-            InputError: processes that were given different tasks, or a batch without what its task needs.
+            InputError: processes that were given different tasks, or of one copy different samples, or a batch
+                without what its task needs.
         """
         groups = [group for number, turn in enumerate(turns) for group in _groups(turn, number)]
         self._check_tasks(groups, step)
@@ -235,6 +236,13 @@ class Preparer:
         code = float(zlib.crc32(" ".join(f"{group.turn} {group.task}" for group in groups).encode()))
         if self.processes.largest(code) != -self.processes.largest(-code):
             raise InputError(f"in step {step} processes were given different tasks; give them loaders of one run")
+        # Those of a copy read for themselves. One that could not read a sample is a sample ahead from then on.
+        ids = [item.id for group in groups for batch in group.batches for item in batch.items]
+        if not self.processes.alike(float(zlib.crc32(" ".join(ids).encode()))):
+            raise InputError(
+                f"in step {step} processes that hold a copy of the model together were given different samples, since "
+                "one of them could not read some; start again to go on from the newest checkpoint"
+            )
 
     def _most(self, counts: Sequence[int]) -> list[int]:
         """The largest of all processes' counts, number by number."""

