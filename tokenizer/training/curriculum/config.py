@@ -2,6 +2,9 @@
 
 The defaults are the paper's (PAPER 4). What it leaves open is decided here or in `tokenizer.losses.weights`:
 
+Each stage warms up and falls along a cosine of its own, over its own steps, and begins from the averaged weights of the
+    one before with fresh moments: the paper says that a stage starts from the previous checkpoint, and no more.
+Adam's epsilon is 1e-8, torch's own; the paper names none.
 Gradients are clipped at a norm of 1: the paper does not say whether it clips; 1 is what is usual for such rates.
 The encoder that learns at a tenth of the rate is what a SigLIP 2 checkpoint brings, transformer and pool. The layer
     that writes the posterior is new and learns at the full rate, as the decoder does.
