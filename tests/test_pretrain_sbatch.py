@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,18 @@ SCONTROL = 'printf "%s\\n" "scontrol $*" >>said; printf "%s\\n" first second'
 PYTHON = """
 printf '%s\\n' "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*" >>said
 trap 'exit "$(<status)"' TERM
-sleep 0.3  # the script has set its trap by then
-sleep 0.3  # the script has set its trap by then
 echo $$ >pid
 while true; do sleep 0.02; done
 """
 
 
+def catches(process: int, number: int) -> bool:
+    """Whether a process has set a trap for a signal by now."""
+    told = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return bool(int(told["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Slurm runs on Linux, which tells who catches what")
 @pytest.mark.parametrize(("status", "again"), [(143, True), (0, False)])
 def test_a_run_that_is_told_to_stop_is_queued_again_unless_it_is_done(tmp_path: Path, status: int, again: bool) -> None:
     for name, body in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("python", PYTHON)):
@@ -40,8 +46,10 @@ def test_a_run_that_is_told_to_stop_is_queued_again_unless_it_is_done(tmp_path: 
     environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     run = subprocess.Popen(["bash", SCRIPT, "file.yaml", "steps=3"], cwd=tmp_path, env=environment)
     try:
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        pid = tmp_path / "pid"
+        while not (pid.is_file() and pid.read_text() and catches(run.pid, signal.SIGTERM)):
             assert run.poll() is None
+            time.sleep(0.01)
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=30) == status
     finally:

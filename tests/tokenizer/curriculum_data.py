@@ -66,7 +66,7 @@ def make_sets(folder: Path, *, videos: bool = True) -> None:
     """`datasets/smoke/{images,videos,assets}` below a folder, as the smoke configurations name them."""
     kinds: dict[str, Any] = {"images": (picture, 24)}
     if videos:
-        kinds |= {"videos": (clip, 4), "assets": (asset, 4)}
+        kinds |= {"videos": (clip, 8), "assets": (asset, 8)}
     for kind, (make, count) in kinds.items():
         out = folder / "datasets" / "smoke" / kind
         write_set(out, kind, list(range(count)), make, jobs_per_shard=2, workers=1, facts={})  # type: ignore[arg-type]

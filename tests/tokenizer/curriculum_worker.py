@@ -86,26 +86,31 @@ def _wait_for_lines(path: Path, more: int) -> None:
         time.sleep(0.001)
 
 
-def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool = False) -> None:
+def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool = False, nodes: bool = False) -> None:
     """A few steps over all tasks in float64; losses and weights go to LAYOUT-RANK.pt, or LAYOUT-compiled-RANK.pt.
 
     Two processes compute activations again where they share gradients, and where blocks are compiled.
+
+    Args:
+        nodes: there are two nodes of two processes, or one process for all four of them; LAYOUT-nodes-RANK.pt.
     """
-    name = f"{layout}-compiled" if compiled else layout
+    name = f"{layout}{'-compiled' if compiled else ''}{'-nodes' if nodes else ''}"
+    readers = 4 if nodes else 2
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world)
     if compiled:  # what is made of the graphs is not the question here, and would take minutes
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     start = ("start={kind: scratch}", "optimizer.warmup=0", "loss.kl=1.0e-4", f"compile={str(compiled).lower()}")
     again = f"recompute={str(compiled or layout == 'ddp').lower()}"
-    config = smoke(3, f"accumulation={2 // world}", again, *start, *IMITATING)
+    config = smoke(3, f"accumulation={readers // world}", again, *start, *IMITATING)
     processes = Processes(CPU)
     tower = StubTower()
     model = starting_model(config, tower, lambda: []).double()
     engine = TorchEngine(model, make_objective(config, CPU), config, processes, CPU, layout)
     preparer = Preparer(processes, CPU, (4, 16, 16), tower, None, config.seed, None, IMITATED)
-    ranks = [rank] if world > 1 else [0, 1]
-    loaders = [open_training_loader(config.data, seed=0, rank=r, world=2, quarantine_file=None) for r in ranks]
+    ranks = [rank] if world > 1 else range(readers)
+    loaders = [open_training_loader(config.data, seed=0, rank=r, world=readers, quarantine_file=None) for r in ranks]
     losses, validated = [], {}
     for step in range(STEPS):
         prepared = preparer([next(loader) for loader in loaders], step)
@@ -120,7 +125,7 @@ def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool
     state = engine.state_dict()
     torch.save({"losses": losses, "validated": validated, **state}, folder / f"{name}-{rank}.pt")
     # A checkpoint is whole: another layout could go on with it, and so can this one.
-    engine.load_state_dict(torch.load(folder / "single-0.pt"))
+    engine.load_state_dict(torch.load(folder / f"single{'-nodes' if nodes else ''}-0.pt"))
     loaded = engine.state_dict()
     if rank == 0:
         torch.save(loaded, folder / f"{name}-loaded.pt")
@@ -129,15 +134,21 @@ def steps(layout: Layout, rank: int, world: int, folder: Path, *, compiled: bool
 
 
 def layouts(folder: Path) -> None:
-    """The same steps in one process that takes batches twice, and in two that share gradients, or weights too."""
-    assert status_of(fork(lambda: steps("single", 0, 1, folder))) == 0
-    kinds: tuple[tuple[Layout, bool], ...] = (("ddp", False), ("fsdp2", False), ("fsdp2", True))
-    for layout, compiled in kinds:
-        children = [
-            fork(lambda r=rank, k=layout, c=compiled: steps(k, r, 2, folder, compiled=c))  # type: ignore[misc]
-            for rank in range(2)
-        ]
-        assert [status_of(child) for child in children] == [0, 0]
+    """The same steps in one process that takes batches twice, and in two that share gradients, or weights too; and in
+    one that takes them four times, and four that share weights by twos."""
+    for nodes in (False, True):
+        assert status_of(fork(lambda n=nodes: steps("single", 0, 1, folder, nodes=n))) == 0  # type: ignore[misc]
+    kinds: tuple[tuple[Layout, bool, bool], ...] = (
+        ("ddp", False, False),
+        ("fsdp2", False, False),
+        ("fsdp2", True, False),
+        ("fsdp2", False, True),
+    )
+    for layout, compiled, nodes in kinds:
+        world = 4 if nodes else 2
+        work = functools.partial(steps, layout, world=world, folder=folder, compiled=compiled, nodes=nodes)
+        children = [fork(lambda r=rank, w=work: w(rank=r)) for rank in range(world)]  # type: ignore[misc]
+        assert [status_of(child) for child in children] == [0] * world
 
 
 if __name__ == "__main__":

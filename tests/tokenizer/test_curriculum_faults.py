@@ -249,6 +249,7 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         ("start.gaussians=runs/other", "start.gaussians names a decoder, but gaussians gives no sizes"),
         ("validation.sources=[{name: a}, {name: a}]", "several are called a"),
         ("validation.sources=[{name: ../../a}]", "'../../a' is no name for files"),
+        ("megatron={context_parallel_size: 2}", "megatron: leave out context_parallel_size: no token looks beyond its"),
         (
             "megatron.sequence_paralel=true",
             "megatron: unknown key 'sequence_paralel'; did you mean 'sequence_parallel'",

@@ -119,8 +119,8 @@ def test_a_killed_run_goes_on_bit_for_bit(sets: Path, tmp_path: Path) -> None:
 
 def test_processes_that_share_gradients_or_weights_train_as_one(sets: Path, tmp_path: Path) -> None:
     worker(sets, "layouts", tmp_path)
-    one: dict[str, Any] = torch.load(tmp_path / "single-0.pt")
-    for layout in ("ddp", "fsdp2", "fsdp2-compiled"):
+    for layout in ("ddp", "fsdp2", "fsdp2-compiled", "fsdp2-nodes"):
+        one: dict[str, Any] = torch.load(tmp_path / f"single{'-nodes' if layout.endswith('nodes') else ''}-0.pt")
         many: dict[str, Any] = torch.load(tmp_path / f"{layout}-0.pt")
         for before, after in zip(one["losses"], many["losses"], strict=True):
             assert before == pytest.approx(after, rel=1e-9, abs=1e-9)

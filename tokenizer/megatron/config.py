@@ -16,6 +16,12 @@ from tokenizer.model.config import ATokenConfig, TransformerConfig
 MOST_MARGIN = 14
 """Powers of two between E4M3's largest number, 448, and its smallest normal one, 2^-6: with more, all is subnormal."""
 
+OTHER_MODELS = {
+    "context_parallel_size": "no token looks beyond its image, clip or asset, so there is no long context to split",
+    "expert_model_parallel_size": "there are no experts",
+}
+"""Options for layouts that Megatron has for other models, and why they mean nothing here."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:

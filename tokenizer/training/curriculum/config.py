@@ -25,7 +25,7 @@ from tokenizer.errors import InputError
 from tokenizer.fp8.config import FP8Config
 from tokenizer.gaussians.config import GaussianDecoderConfig
 from tokenizer.losses.weights import LossChoices, LossWeights
-from tokenizer.megatron.config import ParallelConfig
+from tokenizer.megatron.config import OTHER_MODELS, ParallelConfig
 from tokenizer.model.config import CONFIGS, ATokenConfig, FSQConfig
 
 
@@ -278,6 +278,8 @@ class RunConfig:
             raise InputError(f"{odd[0]} must be a finite number, got {odd[1]}; checkpoints and logs hold no other")
         known = [option.name for option in fields(ParallelConfig)]
         if unknown := sorted(self.megatron.keys() - set(known)):
+            if reason := OTHER_MODELS.get(unknown[0]):
+                raise InputError(f"megatron: leave out {unknown[0]}: {reason}")
             near = difflib.get_close_matches(unknown[0], known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
             raise InputError(f"megatron: unknown key '{unknown[0]}'{hint}")

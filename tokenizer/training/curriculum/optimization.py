@@ -128,6 +128,14 @@ def is_shared(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def holders(tensor: Tensor, world: int) -> int:
+    """How many processes hold the same numbers of a tensor: all, or of what is shared out within nodes one of each."""
+    if not is_shared(tensor):
+        return world
+    shared: Any = tensor
+    return math.prod(shared.device_mesh.size(n) for n, place in enumerate(shared.placements) if place.is_replicate())
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor that is shared out; any other tensor as it is."""
     to_local: Any = getattr(tensor, "to_local", None)
@@ -149,8 +157,8 @@ def gradient_norms(
     counts: dict[str, list[int]] = {part: [] for part in PARTS}
     for (name, parameter, _), norm in zip(held, norms, strict=True):
         found[part_of(name)].append(norm)
-        # What every process holds whole is counted by all of them.
-        counts[part_of(name)].append(processes.world if shared and not is_shared(parameter) else 1)
+        # What several processes hold is counted by all of them.
+        counts[part_of(name)].append(holders(parameter, processes.world) if shared else 1)
     sums = [_sum_of_squares(found[part], counts[part]) for part in PARTS]
     if shared:
         sums = processes.sum(sums)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,16 +187,19 @@ class TorchEngine:
     # ------------------------------------------------------------------ what is kept
 
     def state_dict(self) -> dict[str, Any]:
-        moments = self._moments()
         # Gathering is done by all processes, keeping by the first.
+        if not (self.processes.first or self.layout == "fsdp2"):
+            return {}
+        moments = self._moments()
+        whole = functools.partial(_whole, keep=self.processes.first)
         buffers = [(name, value) for name, value in self.model.named_buffers() if _is_kept(self.model, name)]
         state: dict[str, dict[str, Any]] = {
             "fp8": self.conversion.state_dict() if self.conversion is not None else {},
-            "model": {name: _whole(parameter) for name, parameter in self.model.named_parameters()},
-            "average": {name: _whole(value) for name, value in self.average.values.items()},
-            "buffers": {name: _whole(value) for name, value in buffers},
+            "model": {name: whole(parameter) for name, parameter in self.model.named_parameters()},
+            "average": {name: whole(value) for name, value in self.average.values.items()},
+            "buffers": {name: whole(value) for name, value in buffers},
             "optimizer": {
-                name: {kind: _whole(value) for kind, value in found.items()} for name, found in moments.items()
+                name: {kind: whole(value) for kind, value in found.items()} for name, found in moments.items()
             },
         }
         # What is frozen is its own average, so that "average" is a whole model.
@@ -263,7 +267,10 @@ def compute_again(block: nn.Module) -> None:
 
 
 def share_out(model: TrainedModel, device: torch.device) -> None:
-    """Shard parameters over all processes (FSDP2), a block at a time, and what is left with the whole model.
+    """Shard parameters (FSDP2), a block at a time, and what is left with the whole model.
+
+    Over the processes of a node, where torchrun started several on each of several: every node has a copy then, and
+    blocks are gathered over its own fast links. Otherwise over all processes.
 
     The latter too is given back after each forward pass, which is not FSDP2's default: it would stay gathered, until
     the next way back, after a pass that has none, and checkpoints and averages would be of what was gathered then.
@@ -271,7 +278,11 @@ def share_out(model: TrainedModel, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    world, of_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 1 < of_node < world and world % of_node == 0:
+        mesh = init_device_mesh(device.type, (world // of_node, of_node), mesh_dim_names=("nodes", "of node"))
+    else:
+        mesh = init_device_mesh(device.type, (world,))
     for block in model.stacks():
         fully_shard(block, mesh=mesh)
     # Scalars, the scale of the scores, cannot be shared out.
@@ -307,11 +318,15 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield piece
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered where it is shared out; a copy, so that training may go on."""
+def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
+    """A tensor on the CPU, gathered where it is shared out; a copy, so that training may go on.
+
+    Args:
+        keep: otherwise the process only helps to gather: a node has no room for as many copies as it has processes.
+    """
     gather: Any = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor.detach() if gather is None else gather().detach()
-    return whole.to("cpu", copy=True)
+    return whole.to("cpu", copy=True) if keep else whole.new_empty(0)
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
