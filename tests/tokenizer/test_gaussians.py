@@ -93,6 +93,19 @@ def test_windows_of_exactly_the_edge_length_are_not_capped() -> None:
     assert window_plan(tokens, 2, 0).soft_cap == SOFT_CAP
 
 
+def test_scores_keep_full_precision_under_autocast() -> None:
+    windows = window_plan(asset(200), 4, 0)
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (4 * torch.randn(3, 200, 2, 8, generator=generator)).bfloat16().unbind()
+    plain = attend_windows(query, key, value, windows)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = attend_windows(query, key, value, windows)
+    assert under_autocast.dtype == torch.bfloat16
+    assert torch.equal(under_autocast, plain)
+    # A device without autocast, on which shapes and costs are counted.
+    assert decoder().to("meta")(asset(200).to("meta")).features.shape == (200, SMALL.outputs)
+
+
 def test_long_runs_of_windows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = asset(300)
     expected = decoder()(tokens).features

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenizer.errors import InputError
 from tokenizer.model.attention import attend, attention_backend, varlen_attention
 from tokenizer.model.plan import Segments
-from tokenizer.model.precision import at_least_float32
+from tokenizer.model.precision import at_least_float32, no_autocast
 from tokenizer.sparse import SparseTokens
 
 SOFT_CAP = 30.0
@@ -123,6 +123,8 @@ def _batches(segments: Segments, heads: int) -> Iterator[tuple[int, int]]:
 
 def _capped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float) -> Tensor:
     """[W, H, L, Dh] each -> [W, H, L, Dh]."""
-    scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2) * query.shape[-1] ** -0.5
-    weights = torch.softmax(cap * torch.tanh(scores / cap), dim=-1)
-    return weights.to(value.dtype) @ value
+    # Autocast, under which decoders are trained, would round the scores to half precision.
+    with no_autocast(query.device):
+        scores = at_least_float32(query) @ at_least_float32(key).transpose(-1, -2) * query.shape[-1] ** -0.5
+        weights = torch.softmax(cap * torch.tanh(scores / cap), dim=-1)
+        return weights.to(value.dtype) @ value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,13 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or unchanged if it is float32 or float64 already."""
     return x.to(full_precision(x.dtype))
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, matrix products are computed in the dtype of what they multiply.
+
+    Devices that know no autocast ("meta") are let through: torch refuses to turn off there what cannot be on.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
