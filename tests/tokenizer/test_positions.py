@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer.model.positions import GRID, token_weights
+from tokenizer.model.plan import tile_plan
+from tokenizer.model.positions import GRID, PositionTable, token_weights
 from tokenizer.model.rope import rotary_frequencies, rotary_table, rotate
+from tokenizer.sparse import SparseTokens
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -41,6 +43,24 @@ def test_the_grid_itself_is_not_resized() -> None:
     positions = torch.stack([0 * x, x, y, 0 * x], dim=-1).reshape(-1, 4)
     weights = token_weights(positions, torch.full((GRID * GRID, 2), GRID), torch.float64)
     assert torch.equal(weights, torch.eye(GRID * GRID, dtype=torch.float64))
+
+
+def test_table_is_resized_in_float32_under_autocast() -> None:
+    table = PositionTable(5)
+    with torch.no_grad():
+        table.weight.copy_(random(GRID * GRID, 5))
+    x, y = torch.meshgrid(torch.arange(20), torch.arange(11), indexing="ij")
+    positions = torch.stack([0 * x, x, y, 0 * x], dim=-1).reshape(-1, 4)
+    plan = tile_plan(SparseTokens(torch.zeros(220, 1), positions, [220]), 4)
+    plain = table(plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = table(plan)
+    assert torch.equal(under_autocast, plain)
+    gradients = [torch.autograd.grad(each.square().sum(), table.weight)[0] for each in (plain, under_autocast)]
+    assert torch.equal(*gradients)
+    # A device without autocast, on which shapes and costs are counted.
+    on_meta = tile_plan(SparseTokens(torch.zeros(220, 1), positions, [220]).to("meta"), 4)
+    assert table.to("meta")(on_meta).shape == plain.shape
 
 
 @pytest.mark.parametrize("width", [8, 16, 24, 64, 72])

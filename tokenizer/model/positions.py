@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.model.plan import Plan
-from tokenizer.model.precision import at_least_float32, full_precision
+from tokenizer.model.precision import at_least_float32, full_precision, no_autocast
 
 GRID = 16
 """The table is a GRID x GRID picture of embeddings, row-major, row = x and column = y."""
@@ -28,7 +28,8 @@ class PositionTable(nn.Module):
         """[N, D] in segment order, the dtype of the table. Interpolated in float32 at least."""
         kind = full_precision(self.weight.dtype)
         weights = plan.table(("positions", kind), lambda: token_weights(plan.positions, plan.extent, kind))
-        return (weights @ at_least_float32(self.weight)).to(self.weight.dtype)
+        with no_autocast(weights.device):
+            return (weights @ at_least_float32(self.weight)).to(self.weight.dtype)
 
 
 def token_weights(positions: Tensor, extent: Tensor, dtype: torch.dtype) -> Tensor:
