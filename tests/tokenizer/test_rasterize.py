@@ -345,6 +345,12 @@ def test_nothing_to_see_gives_the_background(count: int) -> None:
     assert all(not gradient.any() for gradient in gradients(layers(picture), inputs))
 
 
+def test_a_background_in_numbers_is_as_exact_as_the_picture() -> None:
+    nothing = [tensor[:0] for tensor in random_scene(1, 0)]
+    picture = draw(nothing, cameras_of(1), 1, background=(0.1, 0.7, 0.9))
+    assert picture.colours[0, 0, 0].tolist() == [0.1, 0.7, 0.9]
+
+
 # ---------------------------------------------------------------------- arguments
 
 

@@ -155,8 +155,7 @@ def _checked(name: str, tensor: Tensor, count: int, dtype: torch.dtype) -> Tenso
 
 
 def _background(background: tuple[float, float, float] | Tensor, shape: tuple[int, int, int], like: Tensor) -> Tensor:
-    behind = background if isinstance(background, Tensor) else torch.tensor(background)
-    behind = behind.to(like.device, like.dtype)
+    behind = torch.as_tensor(background, dtype=like.dtype, device=like.device)
     if tuple(behind.shape) not in ((3,), (*shape[1:], 3), (*shape, 3)):
         raise InputError(
             f"background must be [3], {[*shape[1:], 3]} or {[*shape, 3]} for these views, got {list(behind.shape)}"
