@@ -184,6 +184,8 @@ def test_an_alignment_is_kept_with_its_tower(tmp_path: Path) -> None:
     assert float(again.scale.scale) == 2.0
     assert torch.equal(again.encode_pooled(pooled), alignment.encode_pooled(pooled))
     torch.testing.assert_close(again.encode_pooled(pooled).norm(dim=1), torch.ones(3))
+    half = pooled.bfloat16()  # as models in half precision pool
+    assert torch.equal(again.encode_pooled(half), again.encode_pooled(half.float()))
     plain = TextAlignment(replace(config, width=16, projection=False))
     assert plain.projection is None
     with pytest.raises(InputError, match="need a projection"):

@@ -86,8 +86,8 @@ class TextAlignment(nn.Module):
         return pooled if self.projection is None else self.projection(pooled)
 
     def encode_pooled(self, pooled: Tensor) -> Tensor:
-        """[B, width] of `Encoding.pooled` -> float32 unit vectors [B, text_width], as text towers give them."""
-        return F.normalize(self(pooled).float(), dim=1)
+        """[B, width] of `Encoding.pooled`, in any dtype -> float32 unit vectors [B, text_width], as of text towers."""
+        return F.normalize(self(pooled.to(self.scale.scale.dtype)).float(), dim=1)
 
     def tower(self, folder: str | PathLike[str] | None = None, device: torch.device | str = "cpu") -> TextTower:
         """The text tower that this was trained with.
