@@ -29,6 +29,7 @@ from tokenizer.losses.l1 import l1
 from tokenizer.losses.lpips import LPIPS
 from tokenizer.losses.networks import ImageNetwork, Lite0Network, make_clip_network
 from tokenizer.losses.pictures import SIDE, squares
+from tokenizer.losses.psnr import psnr
 from tokenizer.losses.sigmoid import same_text, sigmoid, text_keys
 from tokenizer.losses.similarity import SimilarityScale, gather_rows
 from tokenizer.losses.weights import LossChoices, LossWeights
@@ -88,6 +89,19 @@ def test_l1_of_half_precision_is_computed_in_float32() -> None:
     decoded, target = torch.full((1, 3072), 1.0), torch.full((1, 3072), 0.996)
     assert l1(decoded.bfloat16(), target.bfloat16()).dtype == torch.float32
     _one_line(lambda: l1(decoded, target[:, :5]), "compares patches")
+
+
+@pytest.mark.parametrize(("decibels", "counted"), [(20.0, 20.0), (40.0, 39.957), (60.0, 56.990), (90.0, 59.996)])
+def test_psnr_of_items_nears_sixty_decibels(decibels: float, counted: float) -> None:
+    target = _random(7, 12)
+    error = torch.tensor(2.0 * 10 ** (-decibels / 20), dtype=torch.float64).expand(7, 12)
+    rough = torch.cat([error[:3], torch.ones(4, 12, dtype=torch.float64)])
+    found = psnr(target + rough, target, torch.tensor([3, 4]))
+    assert found.tolist() == pytest.approx([counted, 6.0206], abs=1e-3)
+    alike = target.clone().requires_grad_()
+    psnr(alike, target, torch.tensor([3, 4])).sum().backward()
+    assert alike.grad is not None
+    assert not alike.grad.any()
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
