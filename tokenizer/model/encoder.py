@@ -29,7 +29,7 @@ class AttentionPool(nn.Module):
         self.mlp = MLP(width, config.mlp_width, bias)
 
     def forward(self, x: Tensor, segments: Segments, items: int) -> Tensor:
-        """x [N, D] in batch order, one segment an item -> [B, D]; an item without tokens gives zeros."""
+        """x [N, D] in batch order, one segment an item -> [B, D]; without tokens, what biases make of zeros."""
         query = self.query(self.probe).view(1, self.heads, self.head_width).expand(items, -1, -1)
         key, value = self.key_value(x).unflatten(-1, (2, self.heads, self.head_width)).unbind(1)
         pooled = self.out(attend(query, key, value, segments).flatten(1))
