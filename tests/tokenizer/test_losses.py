@@ -304,6 +304,8 @@ def test_rendering_terms_compare_over_black() -> None:
     torch.testing.assert_close(terms.l1, torch.tensor(0.5))
     torch.testing.assert_close(terms.l2, torch.tensor(0.25))
     torch.testing.assert_close(terms.coverage, torch.tensor((0.75 + 3 * 0.25) / 4))
+    for others in (pictures[:, :1], pictures[:, :, :1], pictures[..., :1], pictures[0]):
+        _one_line(lambda others=others: rendering_terms(drawn, others), "the same sizes")  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

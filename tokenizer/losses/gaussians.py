@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokenizer.errors import InputError
 from tokenizer.gaussians.rasterize import Rendering
 
 
@@ -33,7 +34,15 @@ def rendering_terms(rendering: Rendering, pictures: Tensor) -> RenderingTerms:
 
     Returns:
         Scalars in float32 (float64 for float64 Gaussians).
+
+    Raises:
+        InputError: pictures of another number or size than the drawn ones.
     """
+    if pictures.shape != (*rendering.alpha.shape, 4):
+        raise InputError(
+            f"views drawn as {list(rendering.alpha.shape)} are compared with pictures [V, H, W, 4] of the same sizes, "
+            f"got {list(pictures.shape)}"
+        )
     wanted = pictures.to(rendering.colours.device).to(rendering.colours.dtype) / 255
     alpha = wanted[..., 3]
     difference = rendering.colours - wanted[..., :3] * alpha[..., None]
