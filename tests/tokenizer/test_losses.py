@@ -217,6 +217,19 @@ def test_kl_is_that_of_the_normal_distributions() -> None:
     assert torch.equal(kl(Posterior(tokens.with_features(torch.zeros(6, 10)))), torch.zeros(6))
 
 
+def test_a_sample_has_noise_of_its_own_for_each_latent() -> None:
+    posterior = Posterior(SparseTokens(_random(5, 6), torch.zeros(5, 4, dtype=torch.int32), [2, 3]))
+    noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(7))
+    mean, logvar = posterior.mean.features, posterior.logvar.features
+    expected = mean + logvar.exp().sqrt() * noise.double()
+    torch.testing.assert_close(posterior.sample(noise=noise).features, expected)
+    assert torch.equal(
+        posterior.sample(torch.Generator().manual_seed(7)).features, posterior.sample(noise=noise).features
+    )
+    for shape in ((3,), (1, 3), (5, 1), (6, 3)):
+        _one_line(lambda shape=shape: posterior.sample(noise=torch.ones(shape)), "a number for each latent")  # type: ignore[misc]
+
+
 # ------------------------------------------------------------------------------------------------- images and texts
 
 

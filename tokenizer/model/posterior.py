@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenizer.errors import InputError
 from tokenizer.model.precision import at_least_float32
 from tokenizer.sparse import SparseTokens
 
@@ -40,6 +41,7 @@ class Posterior:
 
         Raises:
             ValueError: neither or both given. Randomness never comes from a global state.
+            InputError: noise of another shape.
         """
         if (generator is None) == (noise is None):
             raise ValueError("sample needs a torch.Generator or the noise itself: sample(generator)")
@@ -47,6 +49,8 @@ class Posterior:
         if noise is None:
             assert generator is not None
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        if noise.shape != mean.shape:
+            raise InputError(f"noise must be {list(mean.shape)}, a number for each latent, got {list(noise.shape)}")
         sample = mean + torch.exp(0.5 * logvar) * noise.to(mean.device, mean.dtype)
         return self.parameters.with_features(sample.to(self.parameters.dtype))
 
