@@ -83,6 +83,14 @@ class AToken(ATokenNetwork):
 
     _weights: tuple[Tensor, str] | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AToken:
+        """What `to`, `cuda` and `cpu` do: the two models beside this one go where it goes, in types of their own."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for part in (self.gaussian_decoder, self.text_alignment):
+            if part is not None:
+                part.to(self.device)
+        return self
+
     # ------------------------------------------------------------------ files
 
     @classmethod
@@ -177,7 +185,7 @@ class AToken(ATokenNetwork):
                 f"{rows * columns * 3}"
             )
         # Past nn.Module, which would make it part of the state dict.
-        object.__setattr__(self, "gaussian_decoder", decoder)
+        object.__setattr__(self, "gaussian_decoder", decoder.to(self.device))
 
     def export_released(self, path: str | PathLike[str]) -> None:
         """Write a released-format checkpoint (.safetensors or .pt) and its configuration (.json) beside it."""
@@ -319,7 +327,7 @@ class AToken(ATokenNetwork):
                 f"{self.gaussian_decoder.config.resolution}; encode the asset with this decoder loaded"
             )
         patches = self.decode(stored.tokens.to(self.device))
-        decoder = self.gaussian_decoder.to(self.device)
+        decoder = self.gaussian_decoder
         gaussians = decoder.gaussians(voxel_features(patches, self.config.patch_size))
         if original:
             from tokenizer.gaussians.edit import transform

@@ -175,3 +175,16 @@ def test_models_can_be_read_by_whom_the_system_lets(tmp_path: Path, mask: int, m
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 4
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: mode for path in files}
+
+
+def test_what_stands_beside_a_model_goes_where_it_goes() -> None:
+    """To another device, as decoding and zero-shot need it; in types of its own."""
+    model = AToken.from_pretrained("atoken-nano")
+    parts = (model.gaussian_decoder, model.text_alignment)
+    types = [{p.dtype for p in part.parameters()} for part in parts if part is not None]
+    assert len(types) == 2
+    assert model.to("meta", torch.float16) is model
+    for part, expected in zip(parts, types, strict=True):
+        assert part is not None
+        assert {p.device.type for p in part.parameters()} == {"meta"}
+        assert {p.dtype for p in part.parameters()} == expected

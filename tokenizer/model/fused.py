@@ -41,4 +41,4 @@ def _fits(layer: nn.Module, x: Tensor) -> bool:
         return False
     if layer.weight.dtype != x.dtype or torch.is_autocast_enabled("cuda"):
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad))
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *layer.parameters())))
