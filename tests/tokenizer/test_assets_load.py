@@ -30,6 +30,7 @@ from tests.tokenizer.asset_files import (
     png,
 )
 from tokenizer.assets.load import ASSET_ENDINGS, is_asset, load_mesh
+from tokenizer.assets.materials import AssetWarning
 from tokenizer.assets.mesh import Material
 from tokenizer.assets.polygons import Budget, triangulated
 from tokenizer.errors import InputError
@@ -96,7 +97,9 @@ def test_what_cannot_be_drawn_is_dropped(kind: str) -> None:
     vertices = np.concatenate([bad, CORNER])
     sound = SIDES + len(bad)
     faces = np.concatenate([[[0, 5, 6], [5, 1, 6], [2, 3, 4], [5, 5, 6]], sound])  # not finite twice, no area twice
-    mesh = load(write(vertices, faces), name)
+    with pytest.warns(AssetWarning, match=rf"2 of {len(faces)} triangles have a vertex that is not finite") as told:
+        mesh = load(write(vertices, faces), name, silent=False)
+    assert len(told) == 1
     np.testing.assert_array_equal(corners(mesh), CORNER[SIDES])
     assert np.isfinite(mesh.vertices).all()
     with pytest.raises(InputError, match=r"none of its 4 faces can be drawn \(no area, or vertices not finite\)$"):

@@ -99,7 +99,7 @@ def _load(open_files: Callable[[], AssetFiles], name: str, up: Up, max_faces: in
         # What overflows or is no number is dropped with its triangle; nobody needs to hear of it twice.
         with np.errstate(all="ignore"):
             shape = _READERS[ending](data, Source(files, Pictures(remarks), remarks, max_faces))
-            mesh = to_mesh(shape, name)
+            mesh = to_mesh(shape, name, remarks)
     except MissingFileError as error:
         raise InputError(f"{name}: {error}") from error
     except InputError:

@@ -82,20 +82,23 @@ def _stacked(
     return np.concatenate(full)
 
 
-def to_mesh(shape: Shape, name: str) -> Mesh:
+def to_mesh(shape: Shape, name: str, remarks: Remarks) -> Mesh:
     """The drawable part of a shape, in the axes of the file.
 
-    Triangles that touch a vertex that is not finite, and those without area, are dropped, and so are the vertices and
-    materials that nothing uses then.
+    Triangles that touch a vertex that is not finite are dropped with a remark, those without area, of which many files
+    have some, without; and so are the vertices and materials that nothing uses then.
 
     Raises:
         InputError: nothing is left.
     """
     if not len(shape.faces):
         raise InputError(f"{name}: has no faces; only surfaces can be used, not points or lines")
-    kept = _drawable(shape)
+    sound = _finite(shape)
+    kept = sound & _with_area(shape)
     if not kept.any():
         raise InputError(f"{name}: none of its {len(shape.faces)} faces can be drawn (no area, or vertices not finite)")
+    if lost := int((~sound).sum()):
+        remarks.add(f"{lost} of {len(shape.faces)} triangles have a vertex that is not finite and are left out")
     used, faces = np.unique(shape.faces[kept], return_inverse=True)
     uv = None if shape.uv is None else shape.uv[kept]
     face_skins, skins, uv = _texture_coordinates(shape.face_skins[kept], shape.skins, uv)
@@ -111,17 +114,26 @@ def to_mesh(shape: Shape, name: str) -> Mesh:
     )
 
 
-def _drawable(shape: Shape) -> NDArray[np.bool_]:
-    """[F] whether a triangle has finite corners and an area."""
-    finite: NDArray[np.bool_] = np.all(np.abs(shape.vertices) <= _LARGEST, axis=1)
-    kept: NDArray[np.bool_] = np.all(finite[shape.faces], axis=1)
-    vertices = np.where(finite[:, None], shape.vertices, 0)
+def _finite(shape: Shape) -> NDArray[np.bool_]:
+    """[F] whether a triangle has corners that are numbers of a reasonable size."""
+    corners: NDArray[np.bool_] = np.all(_usable(shape.vertices)[shape.faces], axis=1)
+    return corners
+
+
+def _usable(vertices: Floats) -> NDArray[np.bool_]:
+    usable: NDArray[np.bool_] = np.all(np.abs(vertices) <= _LARGEST, axis=1)
+    return usable
+
+
+def _with_area(shape: Shape) -> NDArray[np.bool_]:
+    """[F] whether a triangle of finite corners has an area."""
+    vertices = np.where(_usable(shape.vertices)[:, None], shape.vertices, 0)
     # Scaled to 1, so that neither huge nor tiny assets leave the range of the products below.
     vertices = vertices / max(float(np.abs(vertices).max(initial=0)), np.finfo(np.float64).tiny)
     a, b, c = (vertices[shape.faces[:, corner]] for corner in range(3))
     longest = np.maximum(np.maximum(_squared(b - a), _squared(c - b)), _squared(a - c))
-    kept &= np.sqrt(_squared(np.cross(b - a, c - a))) > _FLAT * longest
-    return kept
+    wide: NDArray[np.bool_] = np.sqrt(_squared(np.cross(b - a, c - a))) > _FLAT * longest
+    return wide
 
 
 def _squared(vectors: Floats) -> Floats:
