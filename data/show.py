@@ -69,8 +69,8 @@ class Report:
         """The figures that are no quantities."""
         figures = self.figures
         told = [
-            f"{figures['samples']} {figures['kind']} in {figures['shards']} shards, {figures['bytes'] / 1e6:.1f} MB; "
-            f"looked at {figures['looked_at']}"
+            f"{figures['samples']} {figures['kind']} in {figures['shards']} shard{'s' if figures['shards'] != 1 else ''}, "
+            f"{figures['bytes'] / 1e6:.1f} MB; looked at {figures['looked_at']}"
         ]
         labels = f", {figures['with_label']:.0%} with one of {figures['labels']} labels" if figures["labels"] else ""
         told.append(f"{figures['with_caption']:.0%} with captions{labels}")

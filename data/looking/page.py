@@ -20,7 +20,7 @@ table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .8em; 
 td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(WIDTHpx, 1fr)); gap: 16px }
 figure { margin: 0 } figcaption { font-size: 12px; overflow-wrap: anywhere } b { color: #1450a0 } i { color: #6e6e6e }
-img { max-width: 100%; image-rendering: auto }
+img { max-width: 100%; image-rendering: auto } .wide { overflow-x: auto }
 """
 
 
@@ -44,10 +44,11 @@ def write_page(
     """
     table = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
     parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_text(title)}</title>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
+        f"<title>{_text(title)}</title>",
         f"<style>{_STYLE.replace('WIDTH', str(BOXES[kind][1]))}</style><h1>{_text(title)}</h1>",
         *(f"<p>{_text(line)}</p>" for line in lines),
-        f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>{table}</table>",
+        f"<div class='wide'><table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>{table}</table></div>",
         f"<img alt='plots' src='{_uri(plots.read_bytes(), 'png')}'>",
         "<div class='sheet'>",
         *(_figure(item, kind) for item in items),
