@@ -68,8 +68,9 @@ class Report:
     def lines(self) -> list[str]:
         """The figures that are no quantities."""
         figures = self.figures
+        shards = "1 shard" if figures["shards"] == 1 else f"{figures['shards']} shards"
         told = [
-            f"{figures['samples']} {figures['kind']} in {figures['shards']} shard{'s' if figures['shards'] != 1 else ''}, "
+            f"{figures['samples']} {figures['kind']} in {shards}, "
             f"{figures['bytes'] / 1e6:.1f} MB; looked at {figures['looked_at']}"
         ]
         labels = f", {figures['with_label']:.0%} with one of {figures['labels']} labels" if figures["labels"] else ""
