@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.looking.figures import Figures
+from data.looking.figures import Figures, number, quantiles
 from data.looking.fonts import Fonts
 from tokenizer.atomic import atomic_path
 
@@ -97,8 +97,8 @@ def _histogram(figures: Figures, name: str, title: str, *, log: bool | None = No
         if wide:
             _logarithmic(panel, "x", values)
         panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-        median = float(np.median(values))
-        panel.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:.4g}")
+        median = quantiles(values)["median"]  # that of the table
+        panel.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {number(median)}")
         panel.legend(frameon=False)
 
     return draw

@@ -16,13 +16,15 @@ from fontTools.fontBuilder import FontBuilder  # type: ignore[import-untyped]
 from fontTools.pens.ttGlyphPen import TTGlyphPen  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 
 from data.latents.format import LatentItem, encode_latents
 from data.looking import fonts
-from data.looking.figures import quantiles
+from data.looking.figures import Figures, quantiles, table
 from data.looking.fonts import Fonts, wrapped
+from data.looking.plots import draw_plots
 from data.shards.manifest import Shard, ShardSet
 from data.show import Report, first_samples, show
 from tokenizer.errors import InputError
@@ -85,6 +87,21 @@ def test_a_set_of_another_maker(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out" / "plots.png") as plots:
         plots.load()
         assert len(plots.getcolors(1 << 20) or []) > 10
+
+
+def test_plots_name_the_median_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = Figures(samples=4, values={"tokens": [384.0, 504.0, 925.0, 12345.0]})
+    told: list[str] = []
+    line = Axes.axvline
+
+    def noted(panel: Axes, x: float, *, label: str, **style: Any) -> Any:
+        told.append(label)
+        return line(panel, x, label=label, **style)
+
+    monkeypatch.setattr(Axes, "axvline", noted)
+    draw_plots(tmp_path / "plots.png", figures, None, Fonts())
+    ((name, _, _, median, *_),) = table(figures.as_json())
+    assert (name, told) == ("tokens", [f"median {median}"])
 
 
 def test_the_sheet_shows_the_samples_that_the_seed_draws(tmp_path: Path) -> None:
