@@ -28,6 +28,7 @@ from data.packing import Oversized
 from data.shards.manifest import read_set
 from data.stream import Reading
 from data.tap import read_items
+from data.urls import expand_urls, local_path, scheme_of
 from tokenizer.config import parse_config
 from tokenizer.errors import InputError
 
@@ -105,12 +106,18 @@ class DataConfig:
             raise InputError("a loader needs at least one source")
 
 
+_MAKING = "scripts/install_data.sh and then scripts/build_nano_data.sh make the sets of nano, atoken shard makes others"
+
+
 def open_feed(config: SourceConfig, seed: int) -> Feed:
     """Read the manifest of a source.
 
     Raises:
         InputError: no such set, or samples that do not fit the task.
     """
+    local = scheme_of(config.shards) in ("", "file")
+    if local and expand_urls(config.shards) == [config.shards] and not local_path(config.shards).exists():
+        raise InputError(f"source '{config.name}': {config.shards}: no shards here; {_MAKING}")
     shards = read_set(config.shards)
     decode = Decoder(config.name, config.task, shards.kind, config.decode, seed)
     source = Source(name=config.name, task=config.task, samples=shards.samples, weight=config.exact_weight())

@@ -60,6 +60,13 @@ def steps_of(out: Path) -> list[int]:
     return [line["step"] for line in lines(out / "metrics.jsonl") if "loss" in line]
 
 
+def test_sets_that_nobody_made_are_told_with_what_makes_them(tmp_path: Path) -> None:
+    source = "[{name: emoji, task: image_reconstruction, shards: datasets/sets/emoji/train}]"
+    told = refused(lambda: run(tmp_path / "run", f"data.sources={source}"))
+    assert "source 'emoji': datasets/sets/emoji/train: no shards here" in told
+    assert "scripts/build_nano_data.sh" in told
+
+
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
