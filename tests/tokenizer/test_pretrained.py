@@ -16,7 +16,7 @@ from tokenizer.assets.raycast import render_views
 from tokenizer.cameras import sphere_cameras
 from tokenizer.checkpoints import bundled_models
 from tokenizer.cli import main
-from tokenizer.demo import ASSET
+from tokenizer.demo import ASSET, make
 from tokenizer.evaluation import assets, nano
 from tokenizer.evaluation.codecs import ModelCodec
 from tokenizer.evaluation.linear_code import LinearCodes
@@ -81,6 +81,19 @@ def test_gaussians_beat_flat_voxels() -> None:
         flat = assets.flat_psnr(seen, unseen.cameras, wanted, decoder.config.resolution)
         ours = assets.mean_psnr(assets.draw(model.reconstruct_asset(seen), unseen.cameras, 256), wanted)
         assert ours >= max(flat.values()) + margin, (name, ours, flat)
+
+
+def test_asking_how_the_demo_is_made_makes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files are the package's own, and another FFmpeg writes other bytes."""
+    monkeypatch.setattr("sys.argv", ["make.py", "--help"])
+    for writer in ("save_image", "VideoWriter", "_make_asset"):
+        monkeypatch.setattr(make, writer, lambda *_, **__: pytest.fail("it wrote"))
+    with pytest.raises(SystemExit) as end:
+        make.main()
+    assert end.value.code == 0
+    assert "usage: python -m tokenizer.demo.make" in capsys.readouterr().out
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

