@@ -76,6 +76,10 @@ def test_report_opens_in_a_browser_shows_everything_and_sorts(
         assert page.evaluate(systems) == sorted(rows)
         assert page.complaints() == []
         assert np.ptp(page.screenshot()) > 100
+        # All systems are in one clip: it scrolls in a narrow window, where it would shrink to less than its controls.
+        page.call("Emulation.setDeviceMetricsOverride", width=160, height=900, deviceScaleFactor=1, mobile=False)
+        page.wait("document.querySelector('video').clientWidth === 3 * 64 + 2 * 4")
+        assert page.evaluate("document.querySelector('.video figure').clientWidth") <= 160
     finally:
         browser.close()
     text = (out / "results.md").read_text(encoding="utf-8")

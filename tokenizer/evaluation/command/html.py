@@ -47,6 +47,7 @@ figcaption b { font-weight: 600; } img, video { max-width: 100%; display: block;
 .asset figure, .video figure { display: block; width: 100%; }
 .asset figcaption, .video figcaption { display: block; }
  .asset img { width: 100%; max-width: 1200px; }
+@media (max-width: 700px) { .video figure { overflow-x: auto; } .video video { max-width: none; } }
 details { margin: 8px 0; } pre { overflow-x: auto; background: #f4f6f8; padding: 10px; font-size: 0.8rem; }
 code { overflow-wrap: anywhere; }
 """
