@@ -124,7 +124,9 @@ class TestRun:
         data, out = picture_folder(tmp_path / "data", 2), tmp_path / "out"
         first = run(data, out)
         before = (out / "results.json").stat().st_mtime_ns
-        assert run(data, out) == json.loads(json.dumps(first))
+        told: list[str] = []
+        assert evaluate(options(data, out), load, Progress(remark=told.append)) == json.loads(json.dumps(first))
+        assert "measured before" in told[-1]
         assert (out / "results.json").stat().st_mtime_ns == before
         with pytest.raises(InputError, match=r"other arguments \(limit\)"):
             run(data, out, limit=1)

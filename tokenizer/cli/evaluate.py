@@ -153,4 +153,4 @@ def _summary(results: dict[str, Any], out: Path) -> str:
     lines = []
     for kind, rows in results["kinds"].items():
         lines += [kind, *table(rows, interval=False), ""]
-    return "\n".join([*lines, count_line(results), f"wrote {out}/report.html, results.md, results.json, samples.jsonl"])
+    return "\n".join([*lines, count_line(results), f"in {out}: report.html, results.md, results.json, samples.jsonl"])

@@ -141,7 +141,10 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
         plan, facts = _plan(options, load_model, processes, notes)
         earlier = _finished(options.out, plan.arguments)
         if earlier is not None:
-            return earlier if processes.rank == 0 else None
+            if processes.rank:
+                return None
+            progress.remark(f"measured before; to measure anew, remove {options.out} or choose another --out")
+            return earlier
         runner = Runner(plan, options.out, processes, progress.done, progress.remark)
         progress.total(len(runner.numbers))
         measurement = runner.run().gathered()
