@@ -299,7 +299,7 @@ def tokenize(
 ) -> None:
     """Shards of pictures, videos or assets to shards of latents: mean and log-variance, or indices.
 
-    Under torchrun each process takes every so-manieth shard. A run that was stopped is gone on with; a shard that is
+    Under torchrun each process of N takes every Nth shard. A run that was stopped is gone on with; a shard that is
     there is not written again.
 
     \b

@@ -202,7 +202,8 @@ def reconstruct(
 
     Prints tokens, bits per pixel (the latents as stored, or 96 bits a token for 8 codebooks of 4096; per pixel of
     every frame), PSNR in dB and SSIM on 8-bit RGB, and seconds. SSIM has the uniform window of 7x7 pixels; that of
-    `atoken evaluate` has the Gaussian one of its paper, so it is another figure.
+    `atoken evaluate` has the Gaussian one of its paper, so it is another figure. PSNR is of all frames or views
+    together; that of `atoken evaluate` is the mean of theirs.
 
     A 3D asset becomes three files: Gaussians (NAME.ply), a contact sheet (NAME-sheet.png) and a turntable clip
     (NAME-turntable.mp4), the latter two with the original beside them. Its figures are of eight views that the model
