@@ -310,7 +310,8 @@ class AToken(ATokenNetwork):
             original: put them back to the axes and units of the asset's file, instead of the unit cube with z up.
 
         Raises:
-            InputError: no Gaussian decoder, no tokens of an asset, or tokens of another latent space.
+            InputError: no Gaussian decoder, no tokens of an asset, voxels outside their grid, or tokens of another
+                latent space.
         """
         stored = visual if isinstance(visual, TokenFile) else TokenFile(visual.tokens, visual.origin)
         stored.check_made_by(self.config.name, self.fingerprint)
@@ -326,6 +327,11 @@ class AToken(ATokenNetwork):
                 f"the tokens lie on a grid of {sizes[0].resolution}, the Gaussian decoder reads one of "
                 f"{self.gaussian_decoder.config.resolution}; encode the asset with this decoder loaded"
             )
+        outside = (stored.tokens.host_positions[:, 1:] >= sizes[0].resolution).any(dim=1)
+        if bool(outside.any()):
+            row = int(outside.int().argmax())
+            _, x, y, z = stored.tokens.host_positions[row].tolist()
+            raise InputError(f"row {row} has the voxel x={x} y={y} z={z}, outside its grid of {sizes[0].resolution}")
         patches = self.decode(stored.tokens.to(self.device))
         decoder = self.gaussian_decoder
         gaussians = decoder.gaussians(voxel_features(patches, self.config.patch_size))

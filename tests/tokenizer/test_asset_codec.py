@@ -21,6 +21,7 @@ from tokenizer.gaussians.edit import transform
 from tokenizer.gaussians.ply import read_ply
 from tokenizer.gaussians.released import config_to_released, to_released
 from tokenizer.media import VideoReader, load_image
+from tokenizer.sparse import SparseTokens
 from tokenizer.tensorio import write_safetensors
 from tokenizer.voxels import AssetSize
 
@@ -92,6 +93,17 @@ def test_tokens_of_an_asset_keep_the_way_back(model: AToken, box: Path, tmp_path
     voxel = 4 / TINY_GAUSSIANS.resolution
     torch.testing.assert_close(low, torch.tensor([10.0, 0.0, -1.0]), atol=1.5 * voxel, rtol=0)
     torch.testing.assert_close(high, torch.tensor([12.0, 4.0, 0.0]), atol=1.5 * voxel, rtol=0)
+
+
+def test_voxels_outside_their_grid_are_refused(model: AToken, box: Path) -> None:
+    """A damaged file, or tokens that another program wrote: they would be Gaussians somewhere beside the asset."""
+    encoding = model.encode_asset(box)
+    for axis in (1, 2, 3):
+        positions = encoding.tokens.positions.clone()
+        positions[-1, axis] = TINY_GAUSSIANS.resolution
+        tokens = SparseTokens(encoding.tokens.features, positions, encoding.tokens.lengths)
+        with pytest.raises(InputError, match=rf"row {len(positions) - 1} .*outside its grid"):
+            model.decode_asset(TokenFile(tokens, encoding.origin))
 
 
 def test_what_does_not_fit_together_is_refused(model: AToken, box: Path, tiny_models: Path) -> None:
