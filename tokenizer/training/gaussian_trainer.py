@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tokenizer.api import AToken
 from tokenizer.assets.packing import octants
-from tokenizer.atomic import atomic_path
+from tokenizer.atomic import atomic_path, remove_leftovers
 from tokenizer.cameras import Cameras
 from tokenizer.checkpoints import find_model
 from tokenizer.cli.outcome import run
@@ -41,6 +41,7 @@ from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxe
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.interruption import Interruption, exit_status
 from tokenizer.training.curriculum.launch import choose_device
+from tokenizer.training.curriculum.lock import LOCK, only_run
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
 from tokenizer.training.curriculum.records import Records
 from tokenizer.training.gaussian_start import start_from_octants
@@ -344,9 +345,11 @@ def main(arguments: list[str]) -> int:
     def command() -> int:
         config = load_config(GaussianTrainConfig, options.config, options.overrides)
         trainer = GaussianTrainer(config, choose_device(options.device))
-        if status := trainer.run():
-            return status
-        save_gaussian_decoder(trainer.decoder, Path(config.out) / SUBFOLDER, torch.bfloat16)
+        with only_run(trainer.folder):
+            remove_leftovers(trainer.folder, LOCK)
+            if status := trainer.run():
+                return status
+            save_gaussian_decoder(trainer.decoder, trainer.folder / SUBFOLDER, torch.bfloat16)
         return 0
 
     return run(command)
