@@ -1,7 +1,8 @@
 """What a run does about samples that cannot be used: count, name, go on, and stop when there are too many.
 
 Every fault is counted under its cause. The quarantine file names each broken sample once, one JSON object a line, so
-that a data set can be mended; it is appended to, also by later runs and by other processes.
+that a data set can be mended; it is appended to, also by later runs, which do not repeat what it holds, and by other
+processes.
 
 A sample that is larger than a batch may be is whole: it is counted too, but apart, and the first of a source are named.
 Of a large source some are to be expected; a source of which hardly any sample fits has settings that do not fit it, and
@@ -10,6 +11,7 @@ stops the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -64,7 +66,7 @@ class Quarantine:
         self.too_large: dict[str, tuple[int, int]] = {}
         self.last = ""
         # A broken shard is one line, not one for each of its samples.
-        self._named: set[tuple[str, str, str]] = set()
+        self._named = set() if self.file is None else _named_in(self.file)
 
     @property
     def bad(self) -> int:
@@ -134,9 +136,7 @@ class Quarantine:
                 self.too_large[source] = before[0] + int(read), before[1] + int(left_out)
 
     def _name(self, fault: Fault) -> None:
-        # A key is known where a sample was read but not understood; what was not read has its place in the shard.
-        place = "" if fault.cause in OF_SHARDS else fault.key or str(fault.index)
-        what = (fault.cause, fault.shard, place)
+        what = _what(fault)
         if what in self._named:
             return
         self._named.add(what)
@@ -150,3 +150,20 @@ class Quarantine:
             os.write(descriptor, line.encode("utf-8", errors="backslashreplace"))
         finally:
             os.close(descriptor)
+
+
+def _what(fault: Fault) -> tuple[str, str, str]:
+    """What one line of the file is for."""
+    # A key is known where a sample was read but not understood; what was not read has its place in the shard.
+    place = "" if fault.cause in OF_SHARDS else fault.key or str(fault.index)
+    return fault.cause, fault.shard, place
+
+
+def _named_in(file: Path) -> set[tuple[str, str, str]]:
+    """What a run that was killed, and goes on from before that, has named already."""
+    named: set[tuple[str, str, str]] = set()
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, TypeError):  # a line that is not of this file, or not whole
+                named.add(_what(Fault(**json.loads(line))))
+    return named

@@ -159,6 +159,25 @@ def test_a_fault_is_named_once_and_counted_every_time(tmp_path: Path) -> None:
     assert [(line["key"], line["detail"]) for line in lines] == [("x", "epoch 0"), ("y", "epoch 0")]
 
 
+def test_a_run_that_goes_on_does_not_repeat_what_a_killed_one_named(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    faults = [
+        Fault("damaged picture", "s.tar", 0, "seen\u2028so", key="x\udcff"),
+        Fault("repeated file", "s.tar", 3, "twice"),
+        Fault(TOO_LARGE, "s.tar", -1, "large", key="y"),
+        Fault("truncated shard", "t.tar", 5, "short", samples=9),
+    ]
+    for number in range(1, len(faults) + 1):  # each time from the beginning, and one further
+        quarantine = Quarantine(1.0, file)
+        for fault in faults[:number]:
+            quarantine.add(fault)
+        assert quarantine.bad == sum(fault.samples for fault in faults[:number])
+        with file.open("a") as lines:
+            lines.write("[half a line\n")
+    named = [line for line in file.read_text().split("\n") if line.startswith("{")]
+    assert [json.loads(line)["detail"] for line in named] == [fault.detail for fault in faults]
+
+
 def test_samples_without_a_key_are_named_by_their_place_and_shards_once(tmp_path: Path) -> None:
     twice, facts = [3, 7, 11], b'{"tokens": 1}'
     members = [(f"{n:03d}.json", facts) for n in range(20) for _ in range(2 if n in twice else 1)]
