@@ -99,7 +99,7 @@ def _histogram(figures: Figures, name: str, title: str, *, log: bool | None = No
         panel.yaxis.set_major_locator(MaxNLocator(integer=True))
         median = quantiles(values)["median"]  # that of the table
         panel.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {number(median)}")
-        panel.legend(frameon=False)
+        panel.legend(framealpha=0.85)  # bars may lie behind
 
     return draw
 

@@ -92,16 +92,19 @@ def test_a_set_of_another_maker(tmp_path: Path) -> None:
 def test_plots_name_the_median_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = Figures(samples=4, values={"tokens": [384.0, 504.0, 925.0, 12345.0]})
     told: list[str] = []
+    panels: list[Axes] = []
     line = Axes.axvline
 
     def noted(panel: Axes, x: float, *, label: str, **style: Any) -> Any:
         told.append(label)
+        panels.append(panel)
         return line(panel, x, label=label, **style)
 
     monkeypatch.setattr(Axes, "axvline", noted)
     draw_plots(tmp_path / "plots.png", figures, None, Fonts())
     ((name, _, _, median, *_),) = table(figures.as_json())
     assert (name, told) == ("tokens", [f"median {median}"])
+    assert all(legend is not None and legend.get_frame_on() for legend in (panel.get_legend() for panel in panels))
 
 
 def test_the_sheet_shows_the_samples_that_the_seed_draws(tmp_path: Path) -> None:
