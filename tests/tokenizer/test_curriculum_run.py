@@ -181,7 +181,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("here")
-def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", ["validation.limit=1", "validation.budget=8"])
+def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     scores = iter([1.0, 5.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr(
         "tokenizer.training.curriculum.validation.Validation.__call__", lambda _: {"validation/x/psnr": next(scores)}
@@ -195,7 +196,7 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     # Scores on other samples are no match for it.
     scores = iter([2.0, 1.0])
-    others = (*settings[1:], f"out={tmp_path}/run", "log.pictures_every=100", "validation.limit=1")
+    others = (*settings[1:], f"out={tmp_path}/run", "log.pictures_every=100", other)
     assert train(pictures_alone("steps=12", *others), CPU) == 0
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-000010", "step-000012"]

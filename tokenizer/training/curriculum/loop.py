@@ -51,8 +51,8 @@ is how products are rounded, not what is trained: a run may end in bfloat16, or 
 which kernels compute, and when, is up to the machine that it goes on with, and so is where frozen networks lie. Rates
 may be lowered where steps failed."""
 
-MEASURED_ON = frozenset({"validation.sources", "validation.limit"})
-"""Settings with which scores cannot be compared with those of before."""
+MEASURED_ON = frozenset({"validation.sources", "validation.limit", "validation.budget"})
+"""Settings with which scores cannot be compared with those of before; what is above the budget is not measured."""
 
 
 @dataclass(slots=True)
