@@ -95,6 +95,14 @@ def test_tokens_of_an_asset_keep_the_way_back(model: AToken, box: Path, tmp_path
     torch.testing.assert_close(high, torch.tensor([12.0, 4.0, 0.0]), atol=1.5 * voxel, rtol=0)
 
 
+def test_an_asset_that_cannot_be_seen_is_told_why(model: AToken, tmp_path: Path) -> None:
+    """Some programs write d 0, or alpha 0, for everything; there is nothing to normalise then."""
+    (tmp_path / "glass.mtl").write_text("newmtl glass\nd 0\n")
+    (tmp_path / "glass.obj").write_text("mtllib glass.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl glass\nf 1 2 3\n")
+    with pytest.raises(InputError, match="all of it is transparent"):
+        model.encode_asset(tmp_path / "glass.obj")
+
+
 def test_voxels_outside_their_grid_are_refused(model: AToken, box: Path) -> None:
     """A damaged file, or tokens that another program wrote: they would be Gaussians somewhere beside the asset."""
     encoding = model.encode_asset(box)

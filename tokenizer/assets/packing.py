@@ -100,7 +100,10 @@ def octants(views: Views, resolution: int = RESOLUTION) -> tuple[Voxels, Tensor,
 
 def _refuse_nothing(coordinates: Tensor) -> None:
     if not len(coordinates):
-        raise InputError("the views show no surface inside the cube from -0.5 to 0.5; normalise the asset")
+        raise InputError(
+            "the views show no surface inside the cube from -0.5 to 0.5: all of it is transparent, or lies elsewhere "
+            "and is to be normalised"
+        )
 
 
 @dataclass(frozen=True, slots=True)
