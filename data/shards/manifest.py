@@ -206,7 +206,7 @@ def _from_folder(folder: Path, console: Console | None) -> ShardSet:
     if any(Path(tar).with_suffix(".json").exists() for tar in tars):
         raise InputError(f"{folder}: not finished ({MANIFEST} is missing); run the command that makes it again")
     if not tars:
-        raise InputError(f"{folder}: holds neither {MANIFEST} nor tars")
+        raise InputError(f"{folder}: holds neither {MANIFEST} nor tars; 'atoken shard' makes them of files")
     return _from_tars(tars, str(folder), console)
 
 
