@@ -30,6 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.tokenizer.curriculum_data import pictures_alone
 from tests.tokenizer.megatron_training_processes import Run, in_processes
+from tokenizer.atomic import atomic_path
 from tokenizer.cli import main as atoken
 from tokenizer.config import config_to_dict
 from tokenizer.errors import InputError
@@ -119,7 +120,7 @@ def _process(name: str, work: Callable[[], None], faults: dict[int, Fault]) -> N
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     rank = int(os.environ["RANK"])
     status = Path(f"{name}-{rank}.status")
-    status.write_text(str(ENDED))
+    _write(status, ENDED)
     with ExitStack() as stack:
         if rank in faults:
             for engine in engines():
@@ -127,8 +128,14 @@ def _process(name: str, work: Callable[[], None], faults: dict[int, Fault]) -> N
         try:
             work()
         except SystemExit as end:
-            status.write_text(str(end.code))
+            _write(status, end.code)
             raise
+
+
+def _write(path: Path, status: object) -> None:
+    """Whole or not at all: torchrun's agent ends a process at any moment once another has gone."""
+    with atomic_path(path) as new:
+        new.write_text(str(status))
 
 
 def _faulty(engine: Any, fault: Fault) -> Any:
