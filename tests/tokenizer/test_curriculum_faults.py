@@ -19,10 +19,10 @@ from tests.tokenizer.curriculum_data import StubTower, lines, make_sets, picture
 from tests.tokenizer.curriculum_worker import fork, status_of
 from tokenizer.atomic import atomic_path
 from tokenizer.errors import InputError
+from tokenizer.lock import only_run
 from tokenizer.training.curriculum import checkpoint, launch, records
 from tokenizer.training.curriculum.checkpoint import Checkpoints, newest_good
 from tokenizer.training.curriculum.launch import choose_device, train
-from tokenizer.training.curriculum.lock import only_run
 from tokenizer.training.curriculum.loop import Loop
 from tokenizer.training.curriculum.start import load_previous, starting_model
 from tokenizer.training.curriculum.torch_engine import TorchEngine
@@ -218,7 +218,7 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         with suppress(InputError), only_run(tmp_path):
             return 1
         with pytest.raises(
-            InputError, match=rf"another run is writing here \(process {os.getppid()} on .*another out="
+            InputError, match=rf"another run is writing here \(process {os.getppid()} on .*another folder"
         ):
             only_run(tmp_path).__enter__()
         return 0

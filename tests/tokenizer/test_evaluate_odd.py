@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,28 @@ def test_whatever_fails_while_a_sample_is_loaded_costs_that_sample(
     assert name == "1.png"
     assert reason.startswith(type(error).__name__)
     assert run(data, tmp_path / "out") == json.loads(json.dumps(results))
+
+
+def test_a_folder_of_results_takes_one_run_at_a_time(tmp_path: Path) -> None:
+    """Another process holds it: nothing is measured; and it goes on from what that one has left."""
+    data, out = pictures(tmp_path / "data"), tmp_path / "out"
+    hold = """
+import pathlib, sys
+from tokenizer.lock import only_run
+with only_run(pathlib.Path(sys.argv[1])):
+    print("in", flush=True)
+    input()
+"""
+    command = [sys.executable, "-c", hold, str(out / "state")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match=rf"another run is writing here \(process {other.pid} on "):
+            run(data, out)
+        other.communicate("\n")
+    assert not (out / "results.json").exists()
+    assert run(data, out)["samples"] == {"image": 3}
+    assert not (out / "state").exists()
 
 
 def test_whatever_fails_while_a_file_is_looked_at_costs_that_file(

@@ -10,8 +10,8 @@ import pytest
 from tests.tokenizer.curriculum_worker import fork, status_of
 from tests.tokenizer.test_gaussian_training import CONFIG, config, store  # noqa: F401  (a fixture)
 from tokenizer.errors import InputError
+from tokenizer.lock import only_run
 from tokenizer.training import gaussian_trainer
-from tokenizer.training.curriculum.lock import only_run
 from tokenizer.training.gaussian_trainer import GaussianTrainer
 
 

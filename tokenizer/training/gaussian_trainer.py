@@ -34,6 +34,7 @@ from tokenizer.errors import InputError
 from tokenizer.gaussians import GaussianDecoder, GaussianDecoderConfig
 from tokenizer.gaussians.checkpoints import SUBFOLDER, load_gaussian_decoder, save_gaussian_decoder
 from tokenizer.gaussians.rasterize import rasterize
+from tokenizer.lock import LOCK, only_run
 from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.sparse import SparseTokens
 from tokenizer.tensorio import write_pt
@@ -41,7 +42,6 @@ from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxe
 from tokenizer.training.curriculum.config import OptimizerSettings
 from tokenizer.training.curriculum.interruption import Interruption, exit_status
 from tokenizer.training.curriculum.launch import choose_device
-from tokenizer.training.curriculum.lock import LOCK, only_run
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
 from tokenizer.training.curriculum.records import Records
 from tokenizer.training.gaussian_start import start_from_octants

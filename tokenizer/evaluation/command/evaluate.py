@@ -34,6 +34,7 @@ from tokenizer.evaluation.command.systems import ATokenSystem, System, load_adap
 from tokenizer.evaluation.command.understanding import TextAlignment, find_alignment
 from tokenizer.evaluation.features import FeatureNetwork, load_features
 from tokenizer.evaluation.metrics import PairMetrics
+from tokenizer.lock import only_run
 from tokenizer.losses.lpips import BACKBONES, LPIPS
 from tokenizer.model.attention import attention_backend
 from tokenizer.text.zero_shot import check_prompts
@@ -147,7 +148,8 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
             return earlier
         runner = Runner(plan, options.out, processes, progress.done, progress.remark)
         progress.total(len(runner.numbers))
-        measurement = runner.run().gathered()
+        with contextlib.nullcontext() if processes.rank else only_run(runner.state_file.parent):
+            measurement = runner.run().gathered()
         _check_count(measurement, plan)
         if not measurement.known:
             reason = next(iter(measurement.left_out.values()), "no samples")

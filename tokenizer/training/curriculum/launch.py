@@ -17,6 +17,7 @@ import torch
 from tokenizer.atomic import remove_leftovers
 from tokenizer.config import config_to_dict, load_config
 from tokenizer.errors import InputError
+from tokenizer.lock import LOCK, only_run
 from tokenizer.losses.networks import ImageNetwork, make_image_network
 from tokenizer.text.alignment import open_tower
 from tokenizer.text.protocol import TextTower
@@ -24,7 +25,6 @@ from tokenizer.training.curriculum.checkpoint import CHECKPOINTS, Checkpoints, n
 from tokenizer.training.curriculum.config import RunConfig, network_config
 from tokenizer.training.curriculum.engine import Engine
 from tokenizer.training.curriculum.flops import Work, measured_peak
-from tokenizer.training.curriculum.lock import LOCK, only_run
 from tokenizer.training.curriculum.loop import Loop
 from tokenizer.training.curriculum.meeting import one_voice, process_group
 from tokenizer.training.curriculum.model import TrainedModel

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: two would write the same logs, and remove each other's checkpoints.
+"""One run in a folder at a time: two would write the same files, and remove each other's checkpoints.
 
 A process that was killed lets go by itself. One that goes on unnoticed, after its launcher was killed, does not.
 """
@@ -38,7 +38,7 @@ def only_run(folder: Path) -> Iterator[None]:
                 file.seek(0)
                 raise InputError(
                     f"{folder}: another run is writing here ({file.read().strip() or 'unknown'}); wait for it, stop "
-                    "it, or choose another out= folder"
+                    "it, or choose another folder"
                 ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
