@@ -33,7 +33,7 @@ run() { # name, command...: keeps the log and goes on after a failure, so that o
 }
 
 run tests python3 -m pytest tests/gpu -rs
-# A lease may end early, so what the README's table of training needs comes first.
+# A lease may end early, so what the table of docs/fp8.md needs comes first.
 run fp8-passes python3 -m benchmarks.fp8_passes --device cuda --out "$results/fp8-passes-$device.json"
 native=(python3 -m benchmarks.training --device cuda --fp8 --compile --fp8-recipe delayed --fp8-backend triton --apart
     --engines native)
