@@ -203,10 +203,17 @@ class TokenWriter:
         """Add the rows of `tokens`; their lengths do not matter until `finish`.
 
         Raises:
-            InputError: chunks that differ in type or channels, or positions below 0.
+            InputError: values that are not finite, or the indices of such, chunks that differ in type or channels, or
+                positions below 0.
         """
         features, positions = tokens.features.detach().cpu(), tokens.host_positions
-        if not features.is_floating_point():
+        whole = not features.is_floating_point()
+        if not bool((features >= 0).all() if whole else features.isfinite().all()):
+            raise InputError(
+                f"{self.path}: the model gave NaN or infinite values; its weights are damaged or diverged, or too "
+                "large for half precision (fp32 would show)"
+            )
+        if whole:
             features = features.to(torch.int32)
             self._largest = max([self._largest, *features.amax(dim=0).tolist()] if len(features) else [self._largest])
         if self._dtype is None:

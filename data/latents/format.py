@@ -94,7 +94,8 @@ def encode_latents(item: LatentItem, name: str) -> bytes:
         name: of the sample, for errors.
 
     Raises:
-        SampleError: "latents out of range": a value that float16 cannot hold, or a log-variance over `LARGEST_LOGVAR`.
+        SampleError: "latents out of range": a value that float16 cannot hold, a log-variance over `LARGEST_LOGVAR`, or the
+            index of NaN.
     """
     from safetensors.numpy import save
 
@@ -103,6 +104,8 @@ def encode_latents(item: LatentItem, name: str) -> bytes:
         "pooled": _half(item.pooled, "pooled", name),
     }
     if item.indices is not None:
+        if item.indices.numel() and int(item.indices.min()) < 0:
+            raise SampleError(OUT_OF_RANGE, f"{name}: an index below 0, which stands for NaN")
         wide = item.indices.numel() > 0 and int(item.indices.max()) > np.iinfo(np.uint16).max
         arrays["indices"] = item.indices.numpy().astype(np.uint32 if wide else np.uint16)
     else:

@@ -325,8 +325,15 @@ def item_of(mean: float, logvar: float = -3.0) -> LatentItem:
     )
 
 
-@pytest.mark.parametrize("item", [item_of(7e4), item_of(float("nan")), item_of(0.0, 81.0), item_of(0.0, 7e4)])
-def test_what_float16_cannot_hold_is_refused(item: LatentItem) -> None:
+def discrete(indices: list[list[int]]) -> LatentItem:
+    return replace(item_of(0.0), mean=None, logvar=None, indices=torch.tensor(indices, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [item_of(7e4), item_of(float("nan")), item_of(0.0, 81.0), item_of(0.0, 7e4), discrete([[0, 0], [4095, -1]])],
+)
+def test_what_a_file_cannot_hold_is_refused(item: LatentItem) -> None:
     with pytest.raises(SampleError, match="a/b: ") as caught:
         encode_latents(item, "a/b")
     assert caught.value.cause == "latents out of range"

@@ -67,6 +67,16 @@ def test_latents_of_any_size_stay_in_the_codebook(size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_nan_has_no_index(dtype: torch.dtype) -> None:
+    """As an integer it would be some number or other, on some devices a legal one."""
+    latents = torch.zeros(3, 48, dtype=dtype)
+    latents[1, 7], latents[2, 0] = float("nan"), float("inf")
+    quantized = fsq().quantize(latents)
+    assert (quantized.indices < 0).nonzero().tolist() == [[1, 1]]
+    assert quantized.values.isnan().nonzero().tolist() == [[1, 7]]
+
+
 @pytest.mark.parametrize("size", [4096, 1024, 2**18 - 1])
 def test_gradient_goes_straight_through_the_rounding(size: int) -> None:
     """d value / d latent = half (1 - tanh^2(z + shift)) / (L // 2), checked against the formula and by differences."""

@@ -267,6 +267,8 @@ def at(t: int) -> SparseTokens:
     [
         ([at(0), tokens(torch.bfloat16)], [14], "chunks differ in type or channels"),
         ([at(0), tokens(torch.float32, 5)], [14], "chunks differ in type or channels"),
+        ([at(0), SparseTokens(at(1).features / 0, at(1).positions, [1])], [2], "the model gave NaN or infinite values"),
+        ([SparseTokens(torch.tensor([[3, -1]]), at(0).positions, [1])], [1], "the model gave NaN or infinite values"),
         ([at(-1)], [1], r"positions must not be negative to fit a token file"),
         ([at(0)], [2], r"lengths \[2\] do not fit 1 tokens"),
         ([at(0), at(1)], [1, 1], r"lengths \[1, 1\] do not fit 2 tokens"),

@@ -90,6 +90,8 @@ class FSQ:
     def quantize(self, latents: Tensor) -> Quantized:
         """latents [N, C] -> values [N, C] in the dtype of `latents` (straight-through gradient) and indices.
 
+        A NaN stays one among the values, and the index of its codebook is -1, which no file and no decoder takes.
+
         Raises:
             InputError: another number of channels.
         """
@@ -100,6 +102,8 @@ class FSQ:
         half = self._row([level // 2 for level in self.levels], latents)
         digits = (codes.detach() + half).round().to(torch.int32)
         indices = (digits * self._row(self.basis, digits)).sum(dim=-1, dtype=torch.int32)
+        # What an integer is that was NaN depends on the device; it may be a legal digit.
+        indices = indices.masked_fill(bounded.detach().isnan().any(dim=-1), -1)
         values = (codes / half).flatten(-2).to(latents.dtype)
         return Quantized(values=values, indices=indices, loss=values.new_zeros(()))
 
