@@ -94,8 +94,8 @@ def encode_latents(item: LatentItem, name: str) -> bytes:
         name: of the sample, for errors.
 
     Raises:
-        SampleError: "latents out of range": a value that float16 cannot hold, a log-variance over `LARGEST_LOGVAR`, or the
-            index of NaN.
+        SampleError: "latents out of range": a value that float16 cannot hold, a log-variance over `LARGEST_LOGVAR`, or
+            the index of NaN.
     """
     from safetensors.numpy import save
 
