@@ -8,6 +8,8 @@ from native code, which a command line with one-line errors cannot have.
 from __future__ import annotations
 
 import contextlib
+import math
+import struct
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -98,17 +100,41 @@ def decode(path: Path) -> Generator[NDArray[np.uint8], None, None]:
     """
     with _open(path) as (container, stream):
         stream.thread_type = "AUTO"
-        count = 0
+        count = rotation = 0
+        matrix = (1, 0, 0, 1)
         try:
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise InputError(f"{path}: is truncated or damaged (frame {count} cannot be decoded whole)")
                 pixels: NDArray[np.uint8] = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-                # FFmpeg states the rotation anticlockwise, as rot90 takes it.
-                yield np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90)) if frame.rotation else pixels
+                if not count or frame.rotation != rotation:
+                    rotation, matrix = frame.rotation, _display_matrix(frame)
+                yield _upright(pixels, *matrix)
                 count += 1
         except _ffmpeg_errors() as error:
             raise damaged(str(path), error) from error
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """a, b, c, d: a pixel at (x, y) is to be shown at (a x + c y, b x + d y), y down.
+
+    `frame.rotation` alone does not know mirror images, as front cameras record them: it takes them for half turns.
+    Not for every frame: the side data and its frame refer to each other, and both stay until Python looks for cycles.
+    """
+    from av.sidedata.sidedata import Type
+
+    data: Any = frame.side_data  # typed as if its keys were strings alone
+    if (matrix := data.get(Type.DISPLAYMATRIX)) is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    return a, b, c, d
+
+
+def _upright(pixels: NDArray[np.uint8], a: int, b: int, c: int, d: int) -> NDArray[np.uint8]:
+    """Pixels [H, W, 3] mirrored and turned by quarters as a display matrix says."""
+    if a * d - b * c < 0:
+        pixels, a, b = pixels[:, ::-1], -a, -b
+    return np.ascontiguousarray(np.rot90(pixels, -round(math.atan2(b, a) / (math.pi / 2))))
 
 
 @contextlib.contextmanager

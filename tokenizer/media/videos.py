@@ -25,8 +25,9 @@ and PNG files, animated or with one frame."""
 class VideoReader:
     """A video file as blocks of frames.
 
-    All frames are kept, also where the frame rate varies; `fps` is then the average. Rotation stored in the
-    file is applied. Audio is ignored. Every iteration opens the file anew and decodes from its start.
+    All frames are kept, also where the frame rate varies; `fps` is then the average. Turns and mirror
+    images stored in the file are applied. Audio is ignored. Every iteration opens the file anew and decodes from its
+    start.
 
     Args:
         path: a file that FFmpeg opens, or an animated GIF, WebP or PNG.
