@@ -69,6 +69,15 @@ def test_frames_hours_apart_still_have_a_rate(seconds: float, rate: Fraction) ->
         assert not index.variable
 
 
+@pytest.mark.parametrize("rate", [Fraction(24), Fraction(30000, 1001), Fraction(30), Fraction(60), Fraction(240)])
+@pytest.mark.parametrize("count", [2, 3, 5, 10, 100])
+def test_times_in_milliseconds_do_not_hide_the_rate_of_a_short_clip(rate: Fraction, count: int) -> None:
+    """Matroska and WebM count in milliseconds: two frames at 30 a second stand 33 of them apart, as if at 30.3."""
+    times = np.round(np.arange(count) / float(rate), 3)
+    assert index_frames(times, 0.001, rate).fps == rate
+    assert index_frames(times, 0.001, 2 * rate).fps != 2 * rate
+
+
 def test_a_frame_larger_than_its_animation_is_no_bomb(tmp_path: Path) -> None:
     """The second frame of a GIF says that it has 65,535 pixels a side."""
     shades: list[NDArray[np.uint8]] = [np.full((8, 8), shade, np.uint8) for shade in (0, 100)]

@@ -59,6 +59,9 @@ def index_frames(timestamps: NDArray[np.float64], tick: float, declared_rate: Fr
     # Frames hours apart, as damaged times have them, would round to none a second.
     average = Fraction(len(steps) / seconds).limit_denominator(1001) or Fraction(len(steps), round(seconds))
     agrees = declared_rate is not None and abs(float(declared_rate / average) - 1) < 0.01
+    if declared_rate and 4 * tick * declared_rate <= 1:
+        # In a short clip, the rounding of its first and last time may be more than one in a hundred.
+        agrees |= abs(float(len(steps) / declared_rate) - seconds) <= tick + 1e-9
     rate = declared_rate if declared_rate is not None and agrees and not variable else average
     return FrameIndex(times, rate, variable)
 
