@@ -127,6 +127,22 @@ def test_polygons_are_covered_once(seed: int, n: int) -> None:
     np.testing.assert_allclose(normals.sum(axis=0), whole, atol=1e-12)
 
 
+@pytest.mark.parametrize("corners", [1000, 1001, 20_000])
+def test_a_large_polygon_is_not_cut_into_slivers(corners: int) -> None:
+    """Rays took a minute for the triangles of a fan of 100,000, all of which reach across the whole polygon."""
+    angles = np.arange(corners) * 2 * np.pi / corners
+    polygon = np.stack([np.cos(angles), np.sin(angles), np.zeros(corners)], axis=1)
+    (cut,) = triangulated(polygon[None], Budget())
+    a, b, c = (polygon[cut[:, corner]] for corner in range(3))
+    areas = np.cross(b - a, c - a)[:, 2] / 2
+    assert cut.shape == (corners - 2, 3)
+    assert (areas > 0).all()
+    assert areas.sum() == pytest.approx(corners / 2 * np.sin(2 * np.pi / corners))
+    assert np.bincount(cut.reshape(-1), minlength=corners).min() >= 1
+    if corners > 1000:
+        assert np.bincount(cut.reshape(-1)).max() <= 2 * np.log2(corners) + 2
+
+
 def test_polygons_that_take_too_long_become_fans() -> None:
     points = np.random.default_rng(0).normal(size=(2, 50, 3))
     budget = Budget(comparisons=6000)

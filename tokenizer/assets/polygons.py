@@ -1,4 +1,4 @@
-"""Polygons -> triangles: fans where they are convex, ears where they are not (Meisters, 1975)."""
+"""Polygons -> triangles: fans or halves where they are convex, ears where they are not (Meisters, 1975)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from tokenizer.assets.mesh import Floats
 
 _CORNERS_AT_ONCE: Final = 2**17
 _COMPARED_AT_ONCE: Final = 2**18
+_LARGEST_FAN: Final = 1000
 
 
 class Budget:
     """Comparisons that the search for ears may take; they can grow with the cube of the corners.
 
-    The default lasts a few seconds, real assets need a small part of it. Afterwards fans have to do.
+    The default lasts a few seconds, real assets need a small part of it. Afterwards `_fan` has to do.
     """
 
     def __init__(self, comparisons: int = 5_000_000) -> None:
@@ -114,8 +115,21 @@ def triangulated(points: Floats, budget: Budget) -> NDArray[np.int64]:
 
 
 def _fan(n: int) -> NDArray[np.int64]:
-    """[n - 2, 3] numbers of corners."""
-    return np.stack([np.zeros(n - 2, dtype=np.int64), np.arange(1, n - 1), np.arange(2, n)], axis=1)
+    """[n - 2, 3] numbers of corners.
+
+    The triangles of a fan all meet in one corner: thousands of them are long slivers side by side, of which a ray would
+    have to look at every one. Large polygons are halved instead, and their halves, and so on.
+    """
+    if n <= _LARGEST_FAN:
+        return np.stack([np.zeros(n - 2, dtype=np.int64), np.arange(1, n - 1), np.arange(2, n)], axis=1)
+    parts: list[NDArray[np.int64]] = []
+    first, last = np.array([0]), np.array([n - 1])
+    while len(first):
+        middle = (first + last) // 2
+        parts.append(np.stack([first, middle, last], axis=1))
+        first, last = np.concatenate([first, middle]), np.concatenate([middle, last])
+        first, last = first[last - first > 1], last[last - first > 1]
+    return np.concatenate(parts)
 
 
 def _reflex_corners(points: Floats) -> NDArray[np.bool_]:
