@@ -173,6 +173,22 @@ def test_obj_in_all_its_dialects() -> None:
         assert {material.alpha for material in mesh.materials} == {"opaque", "blend"}
 
 
+def test_an_obj_may_name_several_material_files_in_a_line() -> None:
+    text = f"mtllib a.mtl b c.mtl b.mtl\n{lines('v', CORNER)}usemtl red\nf 1 2 3\nusemtl blue\nf 1 3 2\n"
+    materials = {"a.mtl": b"newmtl red\nKd 1 0 0\n", "b.mtl": b"newmtl blue\nKd 0 0 1\n"}
+    with pytest.warns(AssetWarning) as remarks:
+        mesh = load(text, "a.obj", materials, silent=False)
+    assert [material.colour[:3] for material in mesh.materials] == [(1, 0, 0), (0, 0, 1)]
+    said = [str(remark.message).partition("material file ")[2].partition(" is not")[0] for remark in remarks]
+    assert said == ["'b'", "'c.mtl'"]
+    # One file with spaces in its name goes before files of its words.
+    whole = {"a.mtl b c.mtl b.mtl": b"newmtl red\nKd 0 1 0\nnewmtl blue\nKd 0 1 1\n"}
+    mesh = load(text, "a.obj", materials | whole)
+    assert [material.colour[:3] for material in mesh.materials] == [(0, 1, 0), (0, 1, 1)]
+    with pytest.warns(AssetWarning, match=r"material file 'a.mtl b c.mtl b.mtl' is not found"):
+        load(text, "a.obj", silent=False)
+
+
 def test_obj_with_colours_of_vertices() -> None:
     for scale in (1, 255):
         table = np.concatenate([CORNER, scale * np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.2, 0.4, 0.6]])], axis=1)

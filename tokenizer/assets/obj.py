@@ -168,13 +168,28 @@ def _skins(contents: _Contents, source: Source, default: Skin) -> tuple[Skin, ..
     """The materials that faces name, by number."""
     wanted = set(contents.materials) - {""}
     known: dict[str, Skin] = {}
-    for library in contents.libraries if wanted else ():
-        try:
-            text = source.files.read(library, _MAX_MTL_BYTES).decode("utf-8", errors="replace")
-        except MissingFileError as error:
-            source.remarks.add(f"material file {error}")
-            continue
-        known.update(read_mtl(text, source.files, source.pictures, wanted))
+    for line in contents.libraries if wanted else ():
+        for library in _libraries(line, source):
+            known.update(read_mtl(library.decode("utf-8", errors="replace"), source.files, source.pictures, wanted))
     for name in sorted(wanted - set(known)):
         source.remarks.add(f"material '{shortened(name)}' is not defined; a plain colour is used")
     return tuple(known.get(name, default) for name in contents.materials)
+
+
+def _libraries(line: str, source: Source) -> list[bytes]:
+    """The material files of one `mtllib` line: its words are one name with spaces, or several names."""
+    found: list[bytes] = []
+    missing: list[MissingFileError] = []
+    words = line.split()
+    for name in (line, *(words if len(words) > 1 else ())):
+        try:
+            found.append(source.files.read(name, _MAX_MTL_BYTES))
+        except MissingFileError as error:
+            missing.append(error)
+        else:
+            if name == line:
+                return found
+    # Where words are found, the line as a whole was no name; where none is, it most likely was.
+    for reason in missing[1:] if found else missing[:1]:
+        source.remarks.add(f"material file {reason}")
+    return found
