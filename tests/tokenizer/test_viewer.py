@@ -369,6 +369,21 @@ def test_two_fingers_zoom_and_move(page: Page, tmp_path: Path) -> None:
     page.wait(lambda: float(hash_of(page)["pitch"]) == pytest.approx(math.degrees(20 * 0.0075), abs=0.01))
 
 
+def test_on_another_screen_it_draws_that_ones_pixels(page: Page, tmp_path: Path) -> None:
+    """A window keeps its size in CSS pixels when it moves, so that nothing but the density tells."""
+    page.go(f"{saved(tmp_path, THREE)}#yaw=-90&pitch=20&background=white&spin=0&ui=0")
+    for density in (2, 1.5, 1.25):
+        metrics = {"width": SIDE, "height": SIDE, "deviceScaleFactor": density, "mobile": False}
+        page.call("Emulation.setDeviceMetricsOverride", **metrics)
+
+        def drawn(width: float = density * SIDE) -> bool:
+            page.screenshot()  # without anybody who looks, nothing is laid out anew
+            return bool(page.evaluate("document.getElementById('view').width") == width)
+
+        page.wait(drawn)
+    assert page.screenshot().shape == (1.25 * SIDE, 1.25 * SIDE, 3)
+
+
 HOSTILE = [
     "</title><script>window.hurt = 1</script>.ply",
     "<img src=x onerror='window.hurt = 1'>&amp;\"'.ply",

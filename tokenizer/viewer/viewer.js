@@ -112,6 +112,14 @@ function start() {
     if (canvas.height !== height) canvas.height = height;
   }
 
+  // A window that moves to another screen may keep its size and get more pixels.
+  function watchDensity() {
+    matchMedia(`(resolution: ${devicePixelRatio}dppx)`).addEventListener("change", () => {
+      redraw();
+      watchDensity();
+    }, { once: true });
+  }
+
   function redraw() {
     state.dirty = true;
     ask();
@@ -159,6 +167,7 @@ function start() {
     state.last = 0; // time in which nobody looked is no slow frame
   });
   new ResizeObserver(redraw).observe(canvas);
+  watchDensity();
   canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
   canvas.addEventListener("webglcontextrestored", () => {
     try {
