@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,3 +95,41 @@ def test_what_an_animated_png_holds_for_other_programs_is_no_frame_of_it(tmp_pat
     other.save(tmp_path / "one.png", save_all=True, append_images=shown[:1], default_image=True)
     assert media_kind(tmp_path / "one.png") == "image"
     assert VideoReader(tmp_path / "one.png").read()[:, 0, 0].tolist() == [[0, 255, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "pixel_format", "has_alpha"),
+    [
+        ("webm", "libvpx-vp9", "yuva420p", True),
+        ("webm", "libvpx", "yuva420p", True),
+        ("mov", "prores_ks", "yuva444p10le", True),
+        ("mov", "qtrle", "argb", True),
+        ("avi", "png", "rgba", True),
+        ("avi", "rawvideo", "bgra", False),
+        ("webm", "libvpx-vp9", "yuv420p", False),
+    ],
+)
+def test_transparent_videos_are_on_white(
+    ending: str, codec: str, pixel_format: str, has_alpha: bool, tmp_path: Path
+) -> None:
+    """As pictures and animated pictures are. Without that, what lies below shows, which is black in most files."""
+    import av
+
+    pixels = np.full((64, 96, 4), (200, 100, 0, 255), np.uint8)
+    pixels[:, 32:64, 3], pixels[:, 64:, 3] = 51, 0
+    path = tmp_path / f"x.{ending}"
+    with av.open(str(path), "w") as container:
+        # libvpx takes alpha only without hidden frames.
+        stream: Any = container.add_stream(codec, rate=25, options={"auto-alt-ref": "0"} if codec == "libvpx" else {})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, pixel_format
+        for _ in range(3):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format=pixel_format))
+            )
+        container.mux(stream.encode())
+    frames = VideoReader(path).read()
+    assert len(frames) == 3
+    plain, half, clear = (frames[:, 8:-8, column : column + 16].mean(axis=(0, 1, 2)) for column in (8, 40, 72))
+    np.testing.assert_allclose(plain, (200, 100, 0), atol=3)
+    np.testing.assert_allclose(half, (244, 224, 204) if has_alpha else (200, 100, 0), atol=3)
+    np.testing.assert_allclose(clear, (255, 255, 255) if has_alpha else (200, 100, 0), atol=3)

@@ -18,15 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tokenizer.errors import InputError, require_package
-from tokenizer.media.images import damaged
+from tokenizer.media.images import damaged, to_rgb
 
 if TYPE_CHECKING:
     import av
 
 # A container may end this much before the duration it declares (rounding, a last frame without a duration).
 _MISSING_SECONDS = 0.5
+
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+# 32 bits a pixel for the sake of speed: recorders leave anything in the last 8.
+_UNUSED_ALPHA = ("rawvideo", "huffyuv")
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def scan(path: Path) -> FrameIndex:
 
 
 def decode(path: Path) -> Generator[NDArray[np.uint8], None, None]:
-    """Decode a video file frame by frame, upright, as uint8 [H, W, 3] RGB.
+    """Decode a video file frame by frame, upright, as uint8 [H, W, 3] RGB, transparent pixels on white.
 
     Raises:
         InputError: a frame is damaged.
@@ -106,16 +112,38 @@ def decode(path: Path) -> Generator[NDArray[np.uint8], None, None]:
         count = rotation = 0
         matrix = (1, 0, 0, 1)
         try:
-            for frame in container.decode(stream):
+            for frame in _frames(container, stream):
                 if frame.is_corrupt:
                     raise InputError(f"{path}: is truncated or damaged (frame {count} cannot be decoded whole)")
-                pixels: NDArray[np.uint8] = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+                pixels = _rgb(frame, stream.codec_context.name, str(path))
                 if not count or frame.rotation != rotation:
                     rotation, matrix = frame.rotation, _display_matrix(frame)
                 yield _upright(pixels, *matrix)
                 count += 1
         except _ffmpeg_errors() as error:
             raise damaged(str(path), error) from error
+
+
+def _frames(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    """Decode with what FFmpeg takes by itself, but for WebM with alpha, whose alpha only another decoder knows."""
+    import av
+
+    decoder: Any = None
+    if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in _ALPHA_DECODERS:
+        with contextlib.suppress(av.codec.codec.UnknownCodecError):  # a build without it shows what lies below
+            decoder = av.CodecContext.create(_ALPHA_DECODERS[stream.codec_context.name], "r")
+    if decoder is None:
+        yield from container.decode(stream)
+        return
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)
+
+
+def _rgb(frame: av.VideoFrame, codec: str, name: str) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] as stored, on white where it is transparent."""
+    if codec not in _UNUSED_ALPHA and any(component.is_alpha for component in frame.format.components):
+        return to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")), name)
+    return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:

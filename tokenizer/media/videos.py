@@ -26,8 +26,8 @@ class VideoReader:
     """A video file as blocks of frames.
 
     All frames are kept, also where the frame rate varies; `fps` is then the average. Turns and mirror
-    images stored in the file are applied. Audio is ignored. Every iteration opens the file anew and decodes from its
-    start.
+    images stored in the file are applied. Transparent pixels are on white. Audio is ignored. Every iteration opens the
+    file anew and decodes from its start.
 
     Args:
         path: a file that FFmpeg opens, or an animated GIF, WebP or PNG.
