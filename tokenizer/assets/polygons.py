@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,6 +15,7 @@ from tokenizer.assets.mesh import Floats
 _CORNERS_AT_ONCE: Final = 2**17
 _COMPARED_AT_ONCE: Final = 2**18
 _LARGEST_FAN: Final = 1000
+_COMPARISONS_OF_A_CALL: Final = 200  # take as long as numpy's calls around a few of them
 
 
 class Budget:
@@ -22,7 +24,7 @@ class Budget:
     The default lasts a few seconds, real assets need a small part of it. Afterwards `_fan` has to do.
     """
 
-    def __init__(self, comparisons: int = 5_000_000) -> None:
+    def __init__(self, comparisons: int = 50_000_000) -> None:
         self._left = comparisons
 
     def allows(self, comparisons: int) -> bool:
@@ -108,6 +110,10 @@ def triangulated(points: Floats, budget: Budget) -> NDArray[np.int64]:
         triangles = (triangles + np.argmax(reflex, axis=1)[:, None, None]) % 4
         return triangles
     concave = np.flatnonzero(reflex.any(axis=1))
+    if n > _LARGEST_FAN:
+        for one in concave:
+            triangles[one] = _ears_nearby(_flattened(points[one : one + 1])[0], budget)
+        return triangles
     for some in np.array_split(concave, len(concave) * n // _CORNERS_AT_ONCE + 1):
         if len(some):
             triangles[some] = _ears(_flattened(points[some]), budget)
@@ -188,6 +194,65 @@ def _ears(points: Floats, budget: Budget) -> NDArray[np.int64]:
             ears[which, neighbour] = _are_ears(ring, neighbour[:, None])[:, 0]
     triangles[:, -1] = left
     return triangles
+
+
+def _ears_nearby(points: Floats, budget: Budget) -> NDArray[np.int64]:
+    """[n - 2, 3] triangles of one large simple polygon [n, 2].
+
+    As in `_ears`, but corners wait in a queue, so that triangles grow in all places alike, and each is compared with
+    the corners alone that lie between the left and the right end of its triangle.
+    """
+    n = left = len(points)
+    before, after = [n - 1, *range(n - 1)], [*range(1, n), 0]
+    present = np.ones(n, dtype=bool)
+    order = np.argsort(points[:, 0])
+    across = points[order, 0]
+    triangles = np.empty((n - 2, 3), dtype=np.int64)
+    waiting = deque((corner, 0) for corner in range(n))
+    turn = [0] * n  # of each corner; where another one waits in the queue, a later one stands for it
+    since = n  # how many were left when all were put into the queue
+    while left > 3:
+        if not waiting:
+            if left == since:
+                break
+            # A cut changes the triangles of its two neighbours, but may free others too.
+            since = left
+            waiting.extend((corner, turn[corner]) for corner in np.flatnonzero(present).tolist())
+        corner, number = waiting.popleft()
+        if number != turn[corner]:
+            continue
+        ends = [before[corner], corner, after[corner]]
+        triangle = points[ends]
+        first = int(np.searchsorted(across, triangle[:, 0].min()))
+        last = int(np.searchsorted(across, triangle[:, 0].max(), side="right"))
+        if not budget.allows(_COMPARISONS_OF_A_CALL + last - first):
+            break
+        others = order[first:last]
+        if not _is_ear(triangle, points[others[present[others]]]):
+            continue
+        triangles[n - left] = ends
+        present[corner] = False
+        left -= 1
+        before[ends[2]], after[ends[0]] = ends[0], ends[2]
+        for neighbour in (ends[0], ends[2]):
+            turn[neighbour] += 1
+            waiting.append((neighbour, turn[neighbour]))
+        if 2 * left < len(order):
+            order = order[present[order]]
+            across = points[order, 0]
+    triangles[n - left :] = np.flatnonzero(present)[_fan(left)]
+    return triangles
+
+
+def _is_ear(triangle: Floats, others: Floats) -> bool:
+    """Whether a triangle [3, 2] turns as its polygon does, and no corner of [m, 2] blocks it; see `_are_ears`."""
+    a, b, c = triangle
+    if _area(a, b, c) <= 0:
+        return False
+    blocked = np.ones(len(others), dtype=bool)
+    for start, end in ((a, b), (b, c), (c, a)):
+        blocked &= (_area(start, end, others) >= 0) & (others != start).any(axis=1)
+    return not blocked.any()
 
 
 def _all_ears(ring: Floats) -> NDArray[np.bool_]:
