@@ -235,6 +235,44 @@ def test_obj_with_colours_of_vertices() -> None:
         assert only(mesh).colour == (1, 1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        ("uchar", 255),
+        ("ushort", 65535),
+        ("int", 255),
+        ("uint", 255),
+        ("uint", 2**32 - 1),
+        ("float", 1),
+        ("double", 255),
+    ],
+)
+def test_ply_with_colours_of_any_type(kind: str, most: int) -> None:
+    """255 of 32 bits is no black: that many bits hold 0..255 where somebody chose a type that always fits."""
+    shares = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 0.6], [0.2, 0.4, 0.6]])
+    colours = shares * most if kind in ("float", "double") else (shares * most).round().astype(np.int64)
+    channels = "".join(f"property {kind} {name}\n" for name in ("red", "green", "blue"))
+    axes = "".join(f"property float {axis}\n" for axis in "xyz")
+    header = f"ply\nformat ascii 1.0\nelement vertex 4\n{axes}{channels}property uchar alpha\n"
+    faces = f"element face {len(SIDES)}\nproperty list uchar int vertex_indices\nend_header\n"
+    rows = [[*place, *colour, 128] for place, colour in zip(CORNER.tolist(), colours.tolist(), strict=True)]
+    mesh = load(header + faces + lines("", np.array(rows)) + lines("3", SIDES), "a.ply")
+    assert mesh.colours is not None
+    expected = np.pad(shares, ((0, 0), (0, 1)), constant_values=128 / 255)[SIDES]
+    np.testing.assert_allclose(mesh.colours, expected, atol=1 / 500)
+
+
+@pytest.mark.parametrize("name", ["a.obj", "a.ply"])
+def test_colours_that_rounding_leads_beyond_one_are_not_black(name: str) -> None:
+    table = np.concatenate([CORNER, np.full((4, 3), 1.0001)], axis=1)
+    properties = "".join(f"property float {column}\n" for column in ("x", "y", "z", "red", "green", "blue"))
+    faces = f"element face {len(SIDES)}\nproperty list uchar int vertex_indices\nend_header\n"
+    ply = f"ply\nformat ascii 1.0\nelement vertex 4\n{properties}{faces}{lines('', table)}{lines('3', SIDES)}"
+    mesh = load(ply if name == "a.ply" else lines("v", table) + lines("f", SIDES + 1), name)
+    assert mesh.colours is not None
+    assert mesh.colours.min() == 1
+
+
 def textured_obj() -> str:
     corner_numbers = np.array([[1, 2, 3], [1, 3, 4]])
     faces = "".join(f"f {' '.join(f'{c}/{c}' for c in face)}\n" for face in corner_numbers.tolist())

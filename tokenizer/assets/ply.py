@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from tokenizer.assets.mesh import Floats, Texture
 from tokenizer.assets.ply_elements import Element, Header, locate, read_elements
 from tokenizer.assets.polygons import Polygons, Triangles, cut_polygons
 from tokenizer.assets.shapes import Shape, Source
+from tokenizer.assets.text import scale_of_colours
 from tokenizer.errors import InputError
 
 _CORNERS: Final = ("vertex_indices", "vertex_index")
@@ -110,13 +111,22 @@ def _colours(vertex: Element, face: Element, triangles: Triangles) -> Floats | N
 
 
 def _rgba(element: Element) -> Floats | None:
-    """[rows, 4] in 0..1: integers fill their range, floats are as they are."""
+    """[rows, 4] in 0..1."""
     names = next((names for names in _COLOURS if element.has(*names)), None)
     if names is None:
         return None
-    columns = [element.column(name) for name in (*names, *(("alpha",) if element.has("alpha") else ()))]
-    scaled = [c / np.iinfo(c.dtype).max if c.dtype.kind in "iu" else c.astype(np.float64) for c in columns]
-    return np.stack([*scaled, *([] if len(scaled) == 4 else [np.ones(len(scaled[0]))])], axis=1)
+    colours = _shares([element.column(name) for name in names])
+    alpha = _shares([element.column("alpha")]) if element.has("alpha") else np.ones((len(colours), 1))
+    return np.concatenate([colours, alpha], axis=1)
+
+
+def _shares(columns: Sequence[NDArray[Any]]) -> Floats:
+    """[rows, columns] in 0..1. Integers fill their range; those of 32 bits, and floats, often hold 0..255 as well."""
+    values = np.stack(columns, axis=1)
+    if values.dtype.kind == "f":
+        return values.astype(np.float64) / scale_of_colours(values)
+    greatest = np.iinfo(values.dtype).max
+    return values / (255 if values.dtype.itemsize >= 4 and (values <= 255).all() else greatest)
 
 
 def _skins(texture_names: Sequence[str], colours: Floats | None, source: Source) -> tuple[Skin, ...]:

@@ -54,7 +54,12 @@ def rows(lines: Sequence[bytes], at_least: int) -> Floats:
 
 def display_colours(columns: Floats) -> Floats:
     """[N, 4] in 0..1 from [N, 3 or 4] of text files, which write colours in 0..1 or in 0..255; NaN becomes white."""
-    scale = 255.0 if (columns > 1).any() else 1.0
     alpha = np.ones((len(columns), 4 - columns.shape[1]))
-    rgba: Floats = np.nan_to_num(np.concatenate([columns / scale, alpha], axis=1), nan=1.0)
+    rgba: Floats = np.nan_to_num(np.concatenate([columns / scale_of_colours(columns), alpha], axis=1), nan=1.0)
     return rgba
+
+
+def scale_of_colours(values: Floats) -> float:
+    """255 or 1, which colours with no other sign of it count up to."""
+    # Not from 1 on: rounding leads beyond it, and colours of bright light do.
+    return 255.0 if (values > 2).any() else 1.0
