@@ -215,6 +215,35 @@ def test_a_folder_of_views_there_and_back(views: Views, tmp_path: Path) -> None:
         views.save(tmp_path / "views")
 
 
+@pytest.mark.parametrize(
+    ("stem", "reference"),
+    [
+        ("r_{}", "./train/r_{}"),
+        ("r_{}", "train/r_{}.png"),
+        ("frame.000{}", "train/frame.000{}"),
+        ("v0.5 {}", "./train/v0.5 {}"),
+        ("r_{}", "train\\r_{}.png"),
+        ("r_{}", ".\\train\\r_{}"),
+    ],
+)
+def test_pictures_are_found_by_the_names_that_programs_write(
+    views: Views, tmp_path: Path, stem: str, reference: str
+) -> None:
+    views.save(tmp_path / "views")
+    path = tmp_path / "views" / TRANSFORMS_FILE
+    (path.parent / "train").mkdir()
+    transforms = json.loads(path.read_text())
+    for number, frame in enumerate(transforms["frames"]):
+        frame["file_path"] = reference.format(number)
+        for ending in (".png", "_depth.npy"):
+            old = path.with_name(f"{number:03d}{ending}")
+            old.rename(path.parent / "train" / (stem.format(number) + ending))
+    path.write_text(json.dumps(transforms))
+    again = Views.load(path.parent)
+    assert np.array_equal(again.colours, views.colours)
+    assert torch.equal(again.depth, views.depth)
+
+
 def spoil(folder: Path, how: str) -> None:
     """Damage a folder of views in one way."""
     transforms = json.loads((folder / TRANSFORMS_FILE).read_text())

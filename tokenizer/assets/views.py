@@ -101,7 +101,7 @@ class Views:
         cameras = cameras_from_transforms(transforms)
         if len(cameras) > MAX_VIEWS:
             raise InputError(f"{root}: {len(cameras)} views; at most {MAX_VIEWS} are read")
-        files = [_inside(root, _picture_name(frame, number)) for number, frame in enumerate(transforms["frames"])]
+        files = [_picture_file(root, frame, number) for number, frame in enumerate(transforms["frames"])]
         pictures = [_read_picture(file) for file in files]
         depths = [_read_depth(file) for file in files]
         shapes = {picture.shape[:2] for picture in pictures}
@@ -125,9 +125,12 @@ def _read_transforms(path: Path) -> dict[str, Any]:
     return dict(transforms)
 
 
-def _picture_name(frame: dict[str, Any], number: int) -> str:
-    name = str(frame.get("file_path", f"{number:03d}.png"))
-    return name if Path(name).suffix else f"{name}.png"
+def _picture_file(root: Path, frame: dict[str, Any], number: int) -> Path:
+    # Programs on Windows separate folders with backslashes.
+    name = str(frame.get("file_path", f"{number:03d}.png")).replace("\\", "/")
+    file, whole = _inside(root, name), _inside(root, f"{name}.png")
+    # Many leave the ending out, and a name such as "frame.0001" only seems to have one.
+    return whole if not Path(name).suffix or (whole.is_file() and not file.is_file()) else file
 
 
 def _inside(root: Path, name: str) -> Path:
