@@ -244,6 +244,18 @@ def test_pictures_are_found_by_the_names_that_programs_write(
     assert torch.equal(again.depth, views.depth)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_what_is_too_far_or_no_number_is_nothing(views: Views, tmp_path: Path, kind: Any) -> None:
+    views.save(tmp_path / "views")
+    expected = views.depth.clone()
+    for number, nothing in enumerate((np.inf, np.nan, -np.inf if kind is np.float16 else -1e38)):
+        depth = np.where(views.depth[number].numpy() < 0, nothing, views.depth[number].numpy()).astype(kind)
+        np.save(tmp_path / "views" / f"{number:03d}_depth.npy", depth)
+        expected[number] = torch.from_numpy(np.where(views.depth[number] < 0, -1, depth))
+    assert torch.equal(Views.load(tmp_path / "views").depth, expected)
+
+
 def spoil(folder: Path, how: str) -> None:
     """Damage a folder of views in one way."""
     transforms = json.loads((folder / TRANSFORMS_FILE).read_text())

@@ -167,7 +167,9 @@ def _read_depth(picture: Path) -> NDArray[np.float32]:
         raise InputError(f"{array}: no such file (nor {exr.name}); each view needs its depth")
     if depth.ndim != 2 or depth.dtype.kind != "f":
         raise InputError(f"{array}: depth must be floating [H, W], got {depth.dtype} {depth.shape}")
-    return np.where(np.isfinite(depth) & (depth < _FAR), depth, EMPTY).astype(np.float32)
+    # In float64, as no half float is as far; what is not a number is not in this range either.
+    far = depth.astype(np.float64)
+    return np.where((far >= 0) & (far < _FAR), far, EMPTY).astype(np.float32)
 
 
 def _read_exr(file: Path) -> NDArray[np.floating[Any]]:
