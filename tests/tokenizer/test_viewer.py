@@ -384,6 +384,17 @@ def test_on_another_screen_it_draws_that_ones_pixels(page: Page, tmp_path: Path)
     assert page.screenshot().shape == (1.25 * SIDE, 1.25 * SIDE, 3)
 
 
+def test_a_view_put_into_the_address_is_shown(page: Page, tmp_path: Path) -> None:
+    """By hand or by a link: the browser keeps the page, so that the page has to look."""
+    page.go(f"{saved(tmp_path, THREE)}#yaw=-90&pitch=20&distance=9&background=black&spin=0&ui=0")
+    page.evaluate("location.hash = 'yaw=-60&pitch=10&background=white&spin=0&ui=0'")
+    # What it does not name is as if the page had been opened with it.
+    expected = picture(THREE, -60, 10, 1.0, THREE)
+    page.wait(lambda: np.abs(page.screenshot() - expected).max() <= 3)
+    page.evaluate("location.hash = 'ui=0'")
+    page.wait(lambda: page.evaluate("document.getElementById('spin').getAttribute('aria-pressed')") == "true")
+
+
 HOSTILE = [
     "</title><script>window.hurt = 1</script>.ply",
     "<img src=x onerror='window.hurt = 1'>&amp;\"'.ply",

@@ -21,7 +21,7 @@ function start() {
   const camera = new Camera(scene);
   let painter = new Painter(canvas, splats);
 
-  const wish = new URLSearchParams(location.hash.slice(1));
+  let wish = new URLSearchParams(location.hash.slice(1));
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const state = { spin: wish.get("spin") !== "0" && !still, last: 0, asked: false, dirty: true, moved: false, pace: 0, detail: 1, drawn: 1 };
 
@@ -163,6 +163,14 @@ function start() {
   element("spin").setAttribute("aria-pressed", String(state.spin));
   element("help").setAttribute("aria-pressed", String(root.dataset.help !== "off"));
   listen(canvas, camera, touched, commands);
+  // Another view of the same page, by a link or by hand, does not load it anew. What the page itself writes is silent.
+  window.addEventListener("hashchange", () => {
+    wish = new URLSearchParams(location.hash.slice(1));
+    camera.reset();
+    readView();
+    if (state.spin !== (wish.get("spin") !== "0" && !still)) setSpin(!state.spin);
+    redraw();
+  });
   document.addEventListener("visibilitychange", () => {
     state.last = 0; // time in which nobody looked is no slow frame
   });
