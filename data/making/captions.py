@@ -75,7 +75,8 @@ class Captions:
 def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = _text(path)
     if path.suffix.lower() == ".jsonl":
-        rows = [_object(path, line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # Not splitlines(), which also cuts at separators that JSON allows within text (U+2028, U+0085).
+        rows = [_object(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     elif path.suffix.lower() in (".csv", ".tsv"):
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
         rows = [dict(row) for row in csv.DictReader(io.StringIO(text), delimiter=separator)]

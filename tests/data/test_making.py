@@ -197,6 +197,16 @@ def test_tables_of_captions(tmp_path: Path) -> None:
         Captions.of(tmp_path, table)
 
 
+def test_lines_of_a_table_end_where_json_says_so(tmp_path: Path) -> None:
+    """Captions from the web hold separators that only Python takes for the end of a line."""
+    captions = {f"{number}.png": f"one{mark}two" for number, mark in enumerate("\u2028\u2029\x85\x7f")}
+    lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items()]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "metadata.jsonl").write_bytes((end.join(lines) + end).encode())
+        found = Captions.of(tmp_path)
+        assert {name: found.facts(tmp_path / name)["caption"] for name in captions} == captions
+
+
 def test_checksums_are_compared(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run("shard", "images", pictures, "--out", out)
