@@ -79,7 +79,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = [_object(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     elif path.suffix.lower() in (".csv", ".tsv"):
         separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = [dict(row) for row in csv.DictReader(io.StringIO(text), delimiter=separator)]
+        rows = list(_csv_rows(path, text, separator))
     else:
         raise InputError(f"{path}: captions come as .csv, .tsv or .jsonl")
     for number, row in enumerate(rows, 1):
@@ -91,6 +91,23 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         caption = next((row.pop(column) for column in _CAPTION_COLUMNS if row.get(column)), None)
         facts = {str(key): value for key, value in row.items() if key is not None and value not in (None, "")}
         yield str(name), facts | ({} if caption is None else {"caption": str(caption)})
+
+
+def _csv_rows(path: Path, text: str, separator: str) -> Iterator[dict[str, Any]]:
+    # Strict: else a quotation mark that nothing closes takes all rows up to the next one into its caption.
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
+    line = 1
+    try:
+        _ = reader.fieldnames  # reads the head
+        line += reader.line_num
+        for row in reader:
+            yield dict(row)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: the row from line {line} on is no row ({error}); a caption that begins with a quotation mark "
+            'stands in quotation marks, and has its own doubled: """Hello"", she said"'
+        ) from None
 
 
 def _object(path: Path, text: str, line: int | None = None) -> dict[str, Any]:

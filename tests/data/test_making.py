@@ -207,6 +207,31 @@ def test_lines_of_a_table_end_where_json_says_so(tmp_path: Path) -> None:
         assert {name: found.facts(tmp_path / name)["caption"] for name in captions} == captions
 
 
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ['a.png,"first', "b.png,second", "c.png,third"],  # to the end of the table
+        ['a.png,"first', "b.png,second", 'c.png,"third"'],  # to the next quotation mark
+        ['a.png,"first', *["b.png,second"] * 20_000],  # more than the csv module takes into one field
+        ['a.png,"first" she said'],
+    ],
+)
+def test_quotation_marks_take_no_rows(rows: list[str], separator: str, tmp_path: Path) -> None:
+    table = tmp_path / ("t.csv" if separator == "," else "t.tsv")
+    for before in ([], ['z.png,"two', 'lines"']):
+        lines = ["file_name,text", *before, *rows]
+        table.write_text("\n".join(lines).replace(",", separator) + "\n")
+        with pytest.raises(InputError, match=f"^{table}: the row from line {2 + len(before)} on is no row"):
+            Captions.of(tmp_path, table)
+
+
+def test_quotation_marks_of_a_table_are_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('file_name,text\na.png,"""Hello"", she said, twice"\nb.png,5" wide\n')
+    found = Captions.of(tmp_path, tmp_path / "t.csv")
+    assert found.table == {"a.png": {"caption": '"Hello", she said, twice'}, "b.png": {"caption": '5" wide'}}
+
+
 def test_checksums_are_compared(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run("shard", "images", pictures, "--out", out)
