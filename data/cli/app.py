@@ -77,8 +77,9 @@ def images(
     from data.making.media import PictureMaker
     from data.making.sets import captions_for, make_set
 
-    make = PictureMaker(captions_for(source, captions, labels_by_folder=labels_from_folders), max_side)
-    facts = {"licence": licence, "max_side": max_side}
+    found = captions_for(source, captions, labels_by_folder=labels_from_folders)
+    make = PictureMaker(found, max_side)
+    facts = {"licence": licence, "max_side": max_side, **found.as_facts()}
     made = make_set(source, out, "images", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 
@@ -107,8 +108,9 @@ def videos(
     from data.making.media import VideoMaker
     from data.making.sets import captions_for, make_set
 
-    make = VideoMaker(captions_for(source, captions, labels_by_folder=labels_from_folders), clip_seconds)
-    facts = {"licence": licence, "clip_seconds": clip_seconds}
+    found = captions_for(source, captions, labels_by_folder=labels_from_folders)
+    make = VideoMaker(found, clip_seconds)
+    facts = {"licence": licence, "clip_seconds": clip_seconds, **found.as_facts()}
     made = make_set(source, out, "videos", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 
@@ -143,7 +145,7 @@ def assets(
     found = captions_for(source, captions, labels_by_folder=labels_from_folders)
     make = AssetMaker(found, packing.value, resolution, unseen_views, views)
     rendered = {"views": views, "unseen": unseen_views}
-    facts = {"licence": licence, "rule": packing.value, "resolution": resolution, **rendered}
+    facts = {"licence": licence, "rule": packing.value, "resolution": resolution, **rendered, **found.as_facts()}
     made = make_set(source, out, "assets", make, samples_per_shard=per_shard, workers=_cores(workers), facts=facts)
     _report(made, out, as_json=as_json)
 

@@ -13,6 +13,7 @@ With `labels="folder"` the folder that a file lies in names its class.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,15 @@ class Captions:
             table = next((root / name for name in TABLES if (root / name).is_file()), None)
         rows = {} if table is None else {str(name): facts for name, facts in _read_table(table)}
         return cls(root, rows, labels)
+
+    def as_facts(self) -> dict[str, Any]:
+        """What a set made with these is told apart by; nothing without table and labels. Words beside files are no
+        part of it, as what the files hold is none."""
+        facts: dict[str, Any] = {}
+        if self.table:
+            told = json.dumps({name: dict(row) for name, row in self.table.items()}, sort_keys=True)
+            facts["captions"] = f"table of {len(self.table)} files, {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        return facts | ({} if self.labels == "none" else {"labels_from": self.labels})
 
     def facts(self, file: Path) -> dict[str, Any]:
         """Caption ("caption"), class ("label") and whatever else is known; may be empty.

@@ -232,6 +232,30 @@ def test_quotation_marks_of_a_table_are_read(tmp_path: Path) -> None:
     assert found.table == {"a.png": {"caption": '"Hello", she said, twice'}, "b.png": {"caption": '5" wide'}}
 
 
+def test_a_set_made_without_these_words_is_not_taken_for_one_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, table = tmp_path / "in", tmp_path / "t.csv"
+    (folder / "cats").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "cats/b.png")):
+        Image.fromarray(pixels(number)).save(folder / name)
+    words: dict[str, list[object]] = {"none": [], "table": ["--captions", table], "labels": ["--labels-from-folders"]}
+    table.write_text("file_name,text\na.png,first\n")
+    for name, options in words.items():
+        assert run("shard", "images", folder, "--out", tmp_path / name, "--workers", 1, *options) == 0
+    # Without words the manifest says what it said before there were any.
+    assert read_set(tmp_path / "none").facts == {"licence": "", "max_side": None}
+    assert {raw.facts().get("label") for raw in samples(read_set(tmp_path / "labels")).values()} == {None, "cats"}
+    for made in words:
+        for asked, options in words.items():
+            same = made == asked
+            assert run("shard", "images", folder, "--out", tmp_path / made, *options) == (0 if same else 1)
+            assert ("complete already" if same else "made with other arguments") in capsys.readouterr().err
+    table.write_text("file_name,text\na.png,another\n")
+    assert run("shard", "images", folder, "--out", tmp_path / "table", *words["table"]) == 1
+    assert "(captions: 'table of 1 files" in capsys.readouterr().err
+
+
 def test_checksums_are_compared(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run("shard", "images", pictures, "--out", out)
