@@ -18,7 +18,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tokenizer.errors import InputError
@@ -54,7 +54,7 @@ class Captions:
         """
         if table is None:
             table = next((root / name for name in TABLES if (root / name).is_file()), None)
-        rows = {} if table is None else {str(name): facts for name, facts in _read_table(table)}
+        rows = {} if table is None else dict(_read_table(table))
         return cls(root, rows, labels)
 
     def as_facts(self) -> dict[str, Any]:
@@ -100,7 +100,8 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             )
         caption = next((row.pop(column) for column in _CAPTION_COLUMNS if row.get(column)), None)
         facts = {str(key): value for key, value in row.items() if key is not None and value not in (None, "")}
-        yield str(name), facts | ({} if caption is None else {"caption": str(caption)})
+        # As files are asked for: "./a.png" is "a.png".
+        yield PurePosixPath(str(name)).as_posix(), facts | ({} if caption is None else {"caption": str(caption)})
 
 
 def _csv_rows(path: Path, text: str, separator: str) -> Iterator[dict[str, Any]]:

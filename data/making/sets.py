@@ -86,5 +86,13 @@ def make_set(
 
 
 def captions_for(source: Path, table: Path | None, *, labels_by_folder: bool) -> Captions:
-    """See `data.making.captions`."""
-    return Captions.of(source, table, "folder" if labels_by_folder else "none")
+    """See `data.making.captions`.
+
+    Raises:
+        InputError: as there, or a table that was asked for and names no file of the folder.
+    """
+    found = Captions.of(source, table, "folder" if labels_by_folder else "none")
+    if table is not None and source.is_dir() and not any((source / name).exists() for name in found.table):
+        named = f"names no file below {source}: '{next(iter(found.table))}' is not there" if found.table else "is empty"
+        raise InputError(f"{table}: {named}; file names are relative to the folder")
+    return found

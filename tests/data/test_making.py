@@ -232,6 +232,27 @@ def test_quotation_marks_of_a_table_are_read(tmp_path: Path) -> None:
     assert found.table == {"a.png": {"caption": '"Hello", she said, twice'}, "b.png": {"caption": '5" wide'}}
 
 
+def test_a_table_that_names_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, table, out = tmp_path / "in", tmp_path / "t.csv", tmp_path / "out"
+    folder.mkdir()
+    for number, name in enumerate(("a.png", "b.png")):
+        Image.fromarray(pixels(number)).save(folder / name)
+    arguments = ["shard", "images", folder, "--out", out, "--captions", table]
+    for rows, message in (
+        ("in/a.png,first\nin/b.png,second\n", f"names no file below {folder}: 'in/a.png' is not there"),
+        ("", "is empty"),
+    ):
+        table.write_text("file_name,text\n" + rows)
+        assert run(*arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {table}: {message}; file names are relative to the folder"
+        assert not out.exists()
+    # One that knows some of them, and more, is what it is; how a path is written makes no difference.
+    table.write_text("file_name,text\nin/a.png,first\n./b.png,second\n")
+    assert run(*arguments) == 0
+    assert {key: raw.caption() for key, raw in samples(read_set(out)).items()} == {"a": None, "b": "second"}
+
+
 def test_a_set_made_without_these_words_is_not_taken_for_one_with_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
