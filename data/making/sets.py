@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from data.making.captions import Captions
+from data.making.media import key_of
 from data.samples import Kind
 from data.shards.manifest import ShardSet, Skipped
 from data.shards.writer import Record, write_set
@@ -69,20 +70,33 @@ def make_set(
         facts: about the set, for its manifest: its licence, and whatever else changes what `make` gives.
 
     Raises:
-        InputError: nothing to do, or `out` holds something else.
+        InputError: nothing to do, two files of one key, or `out` holds something else.
     """
     if out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out}: lies inside {source}, whose files it would hold; choose a folder outside")
+    files = find_files(source, kind)
+    _check_keys(source, files)
     return write_set(
         out,
         kind,
-        find_files(source, kind),
+        files,
         make,
         jobs_per_shard=samples_per_shard,
         workers=workers,
         facts=facts,
         console=console,
     )
+
+
+def _check_keys(source: Path, files: Iterable[Path]) -> None:
+    """Told before anything is written, and with both names; a shard refuses a second sample of a key."""
+    known: dict[str, str] = {}
+    for file in files:
+        name = (file.parent if file.name == TRANSFORMS_FILE else file).relative_to(source).as_posix()
+        if (other := known.setdefault(key_of(name), name)) != name:
+            raise InputError(
+                f"{source}: {other} and {name} would both be the sample '{key_of(name)}'; rename or move one of them"
+            )
 
 
 def captions_for(source: Path, table: Path | None, *, labels_by_folder: bool) -> Captions:

@@ -253,6 +253,20 @@ def test_a_table_that_names_other_files_is_refused(tmp_path: Path, capsys: pytes
     assert {key: raw.caption() for key, raw in samples(read_set(out)).items()} == {"a": None, "b": "second"}
 
 
+@pytest.mark.parametrize(("one", "other"), [("a.jpg", "a.png"), ("a.b.png", "a_b.png")])
+def test_two_files_of_one_key_are_named_before_anything_is_written(
+    one: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number, name in enumerate(("0.png", one, other)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(number)).save(folder / name)
+    assert run("shard", "images", folder, "--out", out, "--per-shard", 1) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}: {one} and {other} would both be the sample ")
+    assert not out.exists()
+
+
 def test_a_set_made_without_these_words_is_not_taken_for_one_with_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
