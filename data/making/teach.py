@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from data.resolution import Size, View
 from data.samples import IMAGE_EXTENSIONS, TEACHER_EXTENSION, VIDEO_EXTENSIONS, Kind, Raw, SampleError
 from data.shards.manifest import Shard, ShardSet, Skipped, read_set
 from data.shards.reader import SINGLE, read_shard
+from data.shards.tarwriter import KEYS, is_extension, is_key
 from data.shards.writer import Record, write_set
 from tokenizer.errors import InputError
 from tokenizer.losses.networks import ImageNetwork, make_image_network
@@ -65,10 +66,20 @@ class Teacher:
     def __call__(self, shard: Shard) -> Iterator[Record | Skipped]:
         """The samples of a shard with what the network sees in them, in order."""
         waiting: list[_Seen] = []
+        keys: set[str] = set()
         for found in _samples(shard):
             if isinstance(found, SampleError):
                 yield Skipped(shard.name, str(found))
                 continue
+            # Shards of other makers have keys and files that none of ours may have.
+            if not is_key(found.key) or found.key in keys:
+                why = "there is another sample of this key in its shard" if found.key in keys else KEYS
+                yield Skipped(found.id, f"{found.id}: {why}")
+                continue
+            keys.add(found.key)
+            if odd := [extension for extension in found.files if not is_extension(extension)]:
+                yield Skipped(f"{found.id}.{odd[0]}", f"{found.id}: its files {', '.join(odd)}: no endings of a shard")
+                found = replace(found, files={e: found.files[e] for e in found.files if e not in odd})
             try:
                 waiting.append(_Seen(found, found.facts(), _pictures(found, self.kind, self.pictures)))
             except InputError as error:

@@ -151,7 +151,7 @@ class _TarWriter:
         _check_key(record.key, self.keys)
         self.keys.add(record.key)
         for extension in sorted(record.files):
-            if not _EXTENSION.fullmatch(extension) or extension == "json":
+            if not is_extension(extension) or extension == "json":
                 raise InputError(f"sample '{record.key}': '{extension}' cannot be the extension of a file in a shard")
             self._add_file(f"{record.key}.{extension}", record.files[extension])
         self._add_file(f"{record.key}.json", to_json(record.facts, f"sample '{record.key}'").encode())
@@ -178,6 +178,11 @@ def is_key(key: str) -> bool:
     """Whether readers and those who unpack a shard would take files of this key for what they are (see `KEYS`)."""
     parts = key.split("/")
     return not (any(part in ("", ".", "..") for part in parts) or "." in parts[-1] or _CONTROL.search(key))
+
+
+def is_extension(extension: str) -> bool:
+    """Whether a file of a sample may be called so behind its key."""
+    return _EXTENSION.fullmatch(extension) is not None
 
 
 def _check_key(key: str, others: set[str]) -> None:

@@ -24,6 +24,7 @@ from data.shards.manifest import read_set
 from data.shards.reader import read_shard
 from data.shards.writer import Record, write_set
 from tests.data.made_samples import asset_files, asset_parts, clip_file, picture_file, raw, scene
+from tests.data.shard_files import tar_of
 from tokenizer.errors import InputError
 from tokenizer.losses.pictures import squares
 
@@ -128,6 +129,29 @@ def test_what_was_seen_comes_with_samples_that_are_understood(tmp_path: Path) ->
         with pytest.raises(SampleError, match=r"teacher\.npy: ") as refused:
             understood(broken, 0)
         assert refused.value.cause == "damaged teacher"
+
+
+ODD: dict[str, tuple[dict[str, list[str]], str, str]] = {
+    "a key that is there twice": ({"a": ["png"], "b": ["png"], "./a": ["png"]}, "0.tar/a", "there is another sample"),
+    "a key of the root": ({"/x/c": ["png"], "a": ["png"], "b": ["png"]}, "0.tar//x/c", "keys are relative paths"),
+    "a file of another maker": ({"a": ["png", "png~"], "b": ["png"]}, "0.tar/a.png~", "png~: no endings of a shard"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_samples_of_other_makers_are_left_out_and_the_others_taught(odd: str, tmp_path: Path) -> None:
+    members, name, reason = ODD[odd]
+    content = picture_file(scene(1, 40, 50)[0], "PNG")
+    (tmp_path / "in").mkdir()
+    files = [(f"{key}.{ending}", content) for key, endings in members.items() for ending in endings]
+    (tmp_path / "in" / "0.tar").write_bytes(tar_of(files))
+    (tmp_path / "in" / "1.tar").write_bytes(tar_of({"a.png": content}))
+    made = teach(str(tmp_path / "in"), tmp_path / "out")
+    assert [shard.samples for shard in made.shards] == [2, 1]
+    assert {tuple(found.files) for found in samples(tmp_path / "out").values()} == {("png", "teacher.npy", "json")}
+    (skipped,) = made.skipped
+    assert skipped.name == name
+    assert reason in skipped.reason
 
 
 def test_what_cannot_be_taught_is_refused_in_one_line(tmp_path: Path) -> None:
