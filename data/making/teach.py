@@ -41,11 +41,11 @@ _TOGETHER = 32
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A sample before the network has seen it; pictures: [H, W, 3] in [-1, 1], at least one."""
+    """A sample before the network has seen it; pictures: [n, 3, side, side] in [-1, 1], at least one."""
 
     raw: Raw
     facts: dict[str, Any]
-    pictures: list[Tensor]
+    pictures: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class Teacher:
         """The samples of a shard with what the network sees in them, in order."""
         waiting: list[_Seen] = []
         keys: set[str] = set()
+        side = _network(self.siglip2, self.device).side
         for found in _samples(shard):
             if isinstance(found, SampleError):
                 yield Skipped(shard.name, str(found))
@@ -81,7 +82,9 @@ class Teacher:
                 yield Skipped(f"{found.id}.{odd[0]}", f"{found.id}: its files {', '.join(odd)}: no endings of a shard")
                 found = replace(found, files={e: found.files[e] for e in found.files if e not in odd})
             try:
-                waiting.append(_Seen(found, found.facts(), _pictures(found, self.kind, self.pictures)))
+                # Reduced at once: photographs as they were taken fill gigabytes before the network is given any.
+                pictures = torch.cat([squares([one], side) for one in _pictures(found, self.kind, self.pictures)])
+                waiting.append(_Seen(found, found.facts(), pictures))
             except InputError as error:
                 yield Skipped(found.id, str(error))
             if sum(len(seen.pictures) for seen in waiting) >= _TOGETHER:
@@ -94,7 +97,7 @@ class Teacher:
         if not samples:
             return
         network = _network(self.siglip2, self.device)
-        pixels = squares([picture for seen in samples for picture in seen.pictures], network.side)
+        pixels = torch.cat([seen.pictures for seen in samples])
         features = network(pixels.to(self.device)).float().cpu().split([len(seen.pictures) for seen in samples])
         for seen, own in zip(samples, features, strict=True):
             files = {name: content for name, content in seen.raw.files.items() if name != "json"}
@@ -155,24 +158,27 @@ def _samples(shard: Shard) -> Iterator[Raw | SampleError]:
             start += 1
 
 
-def _pictures(raw: Raw, kind: Kind, count: int) -> list[Tensor]:
+def _pictures(raw: Raw, kind: Kind, count: int) -> Iterator[Tensor]:
+    """[H, W, 3] in [-1, 1], one at a time."""
     if kind == "assets":
-        return _views(raw, count)
+        yield from _views(raw, count)
+        return
     content = next((raw.files[e] for e in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS) if e in raw.files), None)
     if content is None:
         raise SampleError("no such content", f"{raw.id}: holds neither a picture nor a video")
     if kind == "images":
-        return [_signed(read_picture(content, raw.id, _whole))]
-    frames = read_clip(content, raw.id, _whole, lambda times: _spread(len(times), count))
-    return [_signed(frame) for frame in frames]
+        yield _signed(read_picture(content, raw.id, _whole))
+        return
+    for frame in read_clip(content, raw.id, _whole, lambda times: _spread(len(times), count)):
+        yield _signed(frame)
 
 
-def _views(raw: Raw, count: int) -> list[Tensor]:
+def _views(raw: Raw, count: int) -> Iterator[Tensor]:
     stored = decode_voxels(raw.files, raw.facts(), raw.id)
     chosen = _spread(len(stored.seen), count)
     pictures = decode_views(raw.files, stored, chosen, raw.id).pictures.float() / 255
     colours, alpha = pictures[..., :3], pictures[..., 3:]
-    return list(2 * (colours * alpha + (1 - alpha)) - 1)
+    yield from 2 * (colours * alpha + (1 - alpha)) - 1
 
 
 def _spread(total: int, count: int) -> list[int]:

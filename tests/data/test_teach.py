@@ -131,6 +131,26 @@ def test_what_was_seen_comes_with_samples_that_are_understood(tmp_path: Path) ->
         assert refused.value.cause == "damaged teacher"
 
 
+def test_large_pictures_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is given 32 pictures at once; as they were taken, they would be gigabytes."""
+    together, shown = [], []
+
+    def watched(pictures: list[Tensor], side: int) -> Tensor:
+        together.append(len(pictures))
+        return squares(pictures, side)
+
+    def network(_: Corners, images: Tensor) -> Tensor:
+        shown.append(len(images))
+        return images.mean((2, 3))
+
+    monkeypatch.setattr(module, "squares", watched)
+    monkeypatch.setattr(Corners, "__call__", network)
+    contents = [picture_file(scene(1, 40 + number, 50)[0], "PNG") for number in range(40)]
+    (tmp_path / "0.tar").write_bytes(tar_of({f"{number:02d}.png": content for number, content in enumerate(contents)}))
+    assert teach(str(tmp_path / "0.tar"), tmp_path / "out").samples == 40
+    assert (max(together), shown) == (1, [32, 8])
+
+
 ODD: dict[str, tuple[dict[str, list[str]], str, str]] = {
     "a key that is there twice": ({"a": ["png"], "b": ["png"], "./a": ["png"]}, "0.tar/a", "there is another sample"),
     "a key of the root": ({"/x/c": ["png"], "a": ["png"], "b": ["png"]}, "0.tar//x/c", "keys are relative paths"),
