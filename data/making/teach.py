@@ -31,6 +31,7 @@ from data.shards.manifest import Shard, ShardSet, Skipped, read_set
 from data.shards.reader import SINGLE, read_shard
 from data.shards.tarwriter import KEYS, is_extension, is_key
 from data.shards.writer import Record, write_set
+from data.urls import UNREACHABLE
 from tokenizer.errors import InputError
 from tokenizer.losses.networks import ImageNetwork, make_image_network
 from tokenizer.losses.pictures import squares
@@ -124,7 +125,8 @@ def teach(
         workers: processes.
 
     Raises:
-        InputError: nothing to read, latents, `out` holds something else, or weights that are not there.
+        InputError: nothing to read, latents, `out` holds something else, weights that are not there, or a shard that
+            cannot be reached now (those that are finished stay).
     """
     found = read_set(shards, console=console)
     if found.kind == "latents":
@@ -143,7 +145,11 @@ def _network(siglip2: str | None, device: str) -> ImageNetwork:
 
 
 def _samples(shard: Shard) -> Iterator[Raw | SampleError]:
-    """The samples of a shard, and what is wrong with those that cannot be read."""
+    """The samples of a shard, and what is wrong with those that cannot be read.
+
+    Raises:
+        SampleError: "unreachable shard": it may be there later, so nothing is to be concluded from its absence.
+    """
     start = 0
     while True:
         try:
@@ -152,6 +158,8 @@ def _samples(shard: Shard) -> Iterator[Raw | SampleError]:
                 start = raw.index + 1
             return
         except SampleError as error:
+            if error.cause == UNREACHABLE:
+                raise
             yield error
             if error.cause not in SINGLE:
                 return

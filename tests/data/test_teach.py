@@ -151,6 +151,29 @@ def test_large_pictures_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: 
     assert (max(together), shown) == (1, [32, 8])
 
 
+def test_a_shard_that_cannot_be_reached_now_is_not_left_out_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = picture_file(scene(1, 40, 50)[0], "PNG")
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.tar").write_bytes(tar_of({f"{number}.png": content}))
+    lost, kept = tmp_path / "in" / "1.tar", tmp_path / "kept.tar"
+
+    def network(*_: object) -> Corners:  # asked for when the set is known
+        if lost.exists():
+            lost.rename(kept)
+        return Corners()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_network", network)
+        with pytest.raises(SampleError, match=r"1\.tar: not found"):
+            teach(str(tmp_path / "in"), tmp_path / "out")
+    kept.rename(lost)
+    made = teach(str(tmp_path / "in"), tmp_path / "out")
+    assert (made.samples, made.skipped) == (3, ())
+
+
 ODD: dict[str, tuple[dict[str, list[str]], str, str]] = {
     "a key that is there twice": ({"a": ["png"], "b": ["png"], "./a": ["png"]}, "0.tar/a", "there is another sample"),
     "a key of the root": ({"/x/c": ["png"], "a": ["png"], "b": ["png"]}, "0.tar//x/c", "keys are relative paths"),
