@@ -10,6 +10,7 @@ Without workers everything happens in the calling process, when it is asked for.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
 import os
 import signal
@@ -125,7 +126,9 @@ class Workers:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["data.window"])
         self._jobs, self._timeout, self._max_deaths = dict(jobs), timeout, max_deaths
-        self._sources = {name: number for number, name in enumerate(self._jobs)}
+        # Lanes of all sources in one row, so that no worker has two as long as another has none.
+        ends = itertools.accumulate(job.reading.lanes for job in self._jobs.values())
+        self._first_lanes = {name: end - self._jobs[name].reading.lanes for name, end in zip(jobs, ends, strict=True)}
         self._queues: dict[str, deque[_Task]] = {name: deque() for name in jobs}
         self._changed = threading.Condition()
         self._closed = threading.Event()
@@ -142,7 +145,7 @@ class Workers:
         with self._changed:
             if self._closed.is_set():
                 raise InputError(CLOSED)
-            worker = self._workers[(chunk.lane + self._sources[chunk.source]) % len(self._workers)]
+            worker = self._workers[(self._first_lanes[chunk.source] + chunk.lane) % len(self._workers)]
             self._queues[chunk.source].append(task)
             if not worker.tasks:
                 worker.heard = time.monotonic()

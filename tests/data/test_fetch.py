@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -49,6 +50,30 @@ def test_outcomes_of_nested_facts_do_not_depend_on_workers(tmp_path: Path) -> No
     assert found[0] == found[1]
     assert sum(len(batch) for step in found[0] for batch in step) == 46
     assert (tmp_path / "0.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+
+
+@dataclass(frozen=True)
+class Signed(TinyDecoder):
+    """Says which process read a sample."""
+
+    def __call__(self, raw: Raw, epoch: int) -> Item:
+        item = super().__call__(raw, epoch)
+        return replace(item, facts={**item.facts, "read by": os.getpid()})
+
+
+@pytest.mark.parametrize(("workers", "lanes_of_each"), [(6, [1, 1, 1, 1, 1, 1]), (4, [2, 2, 1, 1])])
+def test_lanes_of_all_sources_are_shared_evenly_among_workers(
+    workers: int, lanes_of_each: list[int], tmp_path: Path
+) -> None:
+    sources = {name: tiny_set(tmp_path, name, 24, 12) for name in "abc"}
+    chosen = [feed(shards, Signed(name, IMAGE), epochs=1) for name, shards in sources.items()]
+    lanes: dict[int, set[str]] = {}
+    with load({}, chosen, workers=workers, **ONE) as loader:
+        for step in loader:
+            for item in step[0].items:
+                # Two shards of a source, two lanes: a shard stands for a lane.
+                lanes.setdefault(item.facts["read by"], set()).add(item.source + item.id[:17])
+    assert sorted(map(len, lanes.values()), reverse=True) == lanes_of_each
 
 
 @dataclass(frozen=True)
