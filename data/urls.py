@@ -241,7 +241,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 
     scheme = scheme_of(url)
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url, **({"get_client": _client} if scheme in ("http", "https") else {}))
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         remedy = f"pip install {package}" if package else " ".join(str(error).split())
@@ -249,6 +249,13 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise InputError(f"{url}: {' '.join(str(error).split())}") from None
     return system, str(path)
+
+
+async def _client(**options: Any) -> Any:
+    import aiohttp
+
+    # By default it has 100 connections; each lane of a loader holds one, and the next would wait for ever.
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), **options)
 
 
 class _Download(io.RawIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import os
@@ -94,6 +95,15 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def at(server: Server, path: str) -> str:
     return f"http://127.0.0.1:{server.server_port}/{path}"
+
+
+def test_any_number_of_shards_may_be_open(server: Server) -> None:
+    """Each lane of each source has one: 26 sources of four lanes have more than the 100 that aiohttp allows at once."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(104):
+            stream = stack.enter_context(open_url(at(server, "stalls.tar"), tries=1, timeout=5.0))
+            assert stream.read(1000) == TAR[:1000]
+    assert len(server.requests) == 104
 
 
 def test_a_set_on_a_server_is_read_like_one_on_disk(server: Server, tmp_path: Path) -> None:
