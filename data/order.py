@@ -41,7 +41,7 @@ def shuffled(count: int, *purpose: object) -> list[int]:
 
 
 def deal(
-    spans: Iterable[Span], order: Sequence[int], processes: int, lanes: int, window: int
+    spans: Iterable[Span], order: Sequence[int], processes: int, lanes: int, window: int, turn: int = 0
 ) -> list[list[tuple[Span, ...]]]:
     """The spans of each lane of each process.
 
@@ -53,14 +53,19 @@ def deal(
         order: the shards of the set, shuffled.
         processes, lanes: how many of each, at least 1.
         window: samples of a window.
+        turn: by how many places the parts of a small set, which is cut, are moved on from process to process; not where
+            some process has no part.
     """
     rank = {shard: place for place, shard in enumerate(order)}
     ordered = sorted((span for span in spans if span.size > 0), key=lambda span: (rank[span.shard], span.start))
     if len(ordered) < processes * lanes:
         ordered = _cut(ordered, processes * lanes, window)
+        turn = turn if len(ordered) >= processes else 0
+    else:
+        turn = 0  # the order of shards does as much
+    places = [(process + turn) % processes for process in range(processes)]
     return [
-        [tuple(ordered[process + processes * lane :: processes * lanes]) for lane in range(lanes)]
-        for process in range(processes)
+        [tuple(ordered[place + processes * lane :: processes * lanes]) for lane in range(lanes)] for place in places
     ]
 
 

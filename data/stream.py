@@ -112,6 +112,7 @@ class Stream:
         # Of epochs that were begun on another number of processes: what was left of them then.
         self._left: dict[int, list[Span]] = {}
         self._dealt: dict[int, list[tuple[Span, ...]]] = {}
+        self._turns_from = 0  # epochs in which the parts of small sets change places; later for checkpoints of before
         self._behind = self._ahead = self._settled(self._start(0))
         self._planned: list[tuple[Chunk, _Cursor]] = []  # chunks between the two cursors, each with what follows it
         self._taken = 0  # samples taken of the first planned chunk
@@ -160,6 +161,7 @@ class Stream:
             "turn": cursor.turn,
             "lanes": [list(lane) for lane in cursor.lanes],
             "taken": self._taken,
+            "turns_from": self._turns_from,
             "left": {str(epoch): [list(span) for span in spans] for epoch, spans in self._left.items()},
         }
 
@@ -169,6 +171,7 @@ class Stream:
         self._dealt.clear()
         lanes = tuple((int(number), int(read)) for number, read in state["lanes"])
         self._behind = self._ahead = _Cursor(int(state["epoch"]), int(state["turn"]), lanes)
+        self._turns_from = int(state.get("turns_from", self._behind.epoch + 1))
         self._planned, self._taken = [], int(state["taken"])
 
     def deal_anew(self, states: Sequence[Mapping[str, Any]], waiting: Sequence[Sequence[Position]]) -> None:
@@ -183,6 +186,9 @@ class Stream:
             old = Stream(self.name, self._counts, self.reading, seed=self._seed, rank=rank, world=len(states))
             old.load_state_dict(state)
             olds.append(old)
+        if any("turns_from" not in state for state in states):
+            for old in olds:  # nothing changed places anywhere
+                old._turns_from = max(state["epoch"] for state in states) + 1
         # Also epochs that are over but for waiting samples, and those that no process has reached, but some had begun
         # before an earlier change of their number: an epoch that is not named here would be dealt whole.
         begun = [*(old._behind.epoch for old in olds), *(position.epoch for held in waiting for position in held)]
@@ -230,7 +236,10 @@ class Stream:
             shards = len(self._counts)
             order = shuffled(shards, "shards", self._seed, epoch) if self.reading.shuffle else range(shards)
             spans = self._left.get(epoch, whole)
-            dealt = deal(spans, order, self._world, self.reading.lanes, self.reading.window)
+            # Of few windows one process has more than another, and so comes to its next epoch later: it would see the
+            # same ones less often for ever.
+            turn = epoch if self.reading.shuffle and epoch >= self._turns_from else 0
+            dealt = deal(spans, order, self._world, self.reading.lanes, self.reading.window, turn)
             self._dealt = {e: lanes for e, lanes in self._dealt.items() if abs(e - epoch) <= 1}
             self._dealt[epoch] = dealt[self._rank]
         return self._dealt[epoch]

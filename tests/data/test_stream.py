@@ -141,6 +141,54 @@ def test_small_sets_feed_every_process_and_too_small_ones_say_so() -> None:
         stream([0, 0], endless)
 
 
+@pytest.mark.parametrize(("counts", "world"), [([640], 4), ([1000], 3), ([1000], 6), ([500, 500], 3)])
+def test_samples_of_a_small_set_are_seen_equally_often(counts: list[int], world: int) -> None:
+    """All processes take as many samples in as many steps, also where one has twice as many windows as another."""
+    processes = [stream(counts, Reading(window=128), rank, world) for rank in range(world)]
+    seen = Counter(position[1:] for process in processes for position in read(process, 30 * sum(counts)))
+    assert len(seen) == sum(counts)
+    # Each process is somewhere in a round of as many epochs as there are processes.
+    assert max(seen.values()) - min(seen.values()) <= world
+    assert min(seen.values()) > 30 * world - 2 * world
+
+
+def test_a_checkpoint_from_before_parts_changed_places_goes_on_in_its_epoch() -> None:
+    reading, counts = Reading(lanes=2, window=4, chunk=2), [22]
+    before = [stream(counts, reading, rank, 3) for rank in range(3)]
+    for process in before:
+        process._turns_from = 10**6
+    taken = [read(process, 20) for process in before]
+    states = [process.state_dict() for process in before]
+    for state in states:
+        del state["turns_from"]
+    after = [stream(counts, reading, rank, 3) for rank in range(3)]
+    for process, state in zip(after, states, strict=True):
+        process.load_state_dict(state)
+    for old, new, had in zip(before, after, taken, strict=True):
+        here = had[-1].epoch
+        rest = [position for position in read(old, 20) if position.epoch == here]
+        assert read(new, len(rest)) == rest
+        # From then on as any other: also after another stop.
+        again = stream(counts, reading, before.index(old), 3)
+        again.load_state_dict(json.loads(json.dumps(new.state_dict())))
+        assert read(again, 50) == read(new, 50)
+
+
+def test_of_a_checkpoint_from_before_nothing_is_lost_on_other_numbers_of_processes() -> None:
+    reading, counts = Reading(lanes=2, window=4, chunk=2, epochs=4), [22]
+    before = [stream(counts, reading, rank, 3) for rank in range(3)]
+    for process in before:
+        process._turns_from = 10**6
+    used = [position for process in before for position in read(process, 20)]
+    states = [{k: v for k, v in process.state_dict().items() if k != "turns_from"} for process in before]
+    assert len({state["epoch"] for state in states}) > 1
+    for rank in range(2):
+        process = stream(counts, reading, rank, 2)
+        process.deal_anew(states, [[], [], []])
+        used += read(process)
+    epochs(used, counts, 4)
+
+
 @QUICK
 @given(st.lists(st.integers(0, 30), max_size=12, unique=True), st.sets(st.integers(0, 30), max_size=12))
 def test_spans_are_sets_of_places(places: list[int], taken: set[int]) -> None:
