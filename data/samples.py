@@ -79,14 +79,14 @@ class Raw:
         if "json" not in self.files:
             return {}
         try:
-            facts = json.loads(self.files["json"], parse_constant=lambda _: None, parse_float=_finite)
+            facts = loads(self.files["json"])
         except (ValueError, RecursionError) as error:
             raise InputError(f"{self.id}.json: not readable as JSON ({' '.join(str(error).split())})") from None
         if not isinstance(facts, dict):
             raise InputError(f"{self.id}.json: must hold an object, not a {type(facts).__name__}")
         # Few samples have enough brackets to be worth a look at how they lie.
         brackets = self.files["json"].count(b"{") + self.files["json"].count(b"[")
-        if brackets > DEEPEST_FACTS and _is_deeper(facts, DEEPEST_FACTS):
+        if brackets > DEEPEST_FACTS and is_deeper(facts, DEEPEST_FACTS):
             raise InputError(f"{self.id}.json: lists or objects within each other, more than {DEEPEST_FACTS} deep")
         return facts
 
@@ -106,7 +106,7 @@ class Raw:
             text = self.facts().get("caption") or ""
             if not isinstance(text, str):
                 raise InputError(f"{self.id}.json: 'caption' must be text, not {type(text).__name__}")
-            text = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+            text = whole_characters(text)
         return text if text.strip() else None
 
     def label(self) -> str | None:
@@ -118,7 +118,17 @@ class Raw:
         label = self.facts().get("label")
         if label is None and "cls" in self.files:
             label = self.files["cls"].decode("utf-8", errors="replace").strip()
-        return None if label is None or label == "" else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", str(label))
+        return None if label is None or label == "" else whole_characters(str(label))
+
+
+def loads(text: str | bytes) -> Any:
+    """JSON in which NaN, Infinity and numbers beyond a float's range are None."""
+    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+
+
+def whole_characters(text: str) -> str:
+    """With halves of characters (lone surrogates), which UTF-8 cannot hold, replaced."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _finite(text: str) -> float | None:
@@ -126,7 +136,7 @@ def _finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _is_deeper(value: object, levels: int) -> bool:
+def is_deeper(value: object, levels: int) -> bool:
     """Whether lists and objects lie within each other in more than `levels` levels."""
     inside: list[Any] = [value]
     for _ in range(levels + 1):

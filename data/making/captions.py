@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from data.samples import DEEPEST_FACTS, is_deeper, loads, whole_characters
 from tokenizer.errors import InputError
 
 Labels = Literal["none", "folder"]
@@ -79,7 +80,12 @@ class Captions:
             facts |= _object(beside, _text(beside))
         if (beside := file.with_suffix(".txt")).is_file():
             facts["caption"] = _text(beside).strip()
-        return facts | dict(self.table.get(file.relative_to(self.root).as_posix(), {}))
+        facts |= self.table.get(file.relative_to(self.root).as_posix(), {})
+        if (caption := facts.get("caption")) is not None:
+            if isinstance(caption, list | dict):
+                raise InputError(f"{file}: its caption must be text, not {caption!r}")
+            facts["caption"] = whole_characters(str(caption))
+        return facts
 
 
 def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,7 +107,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         caption = next((row.pop(column) for column in _CAPTION_COLUMNS if row.get(column)), None)
         facts = {str(key): value for key, value in row.items() if key is not None and value not in (None, "")}
         # As files are asked for: "./a.png" is "a.png".
-        yield PurePosixPath(str(name)).as_posix(), facts | ({} if caption is None else {"caption": str(caption)})
+        yield PurePosixPath(str(name)).as_posix(), facts | ({} if caption is None else {"caption": caption})
 
 
 def _csv_rows(path: Path, text: str, separator: str) -> Iterator[dict[str, Any]]:
@@ -124,11 +130,13 @@ def _csv_rows(path: Path, text: str, separator: str) -> Iterator[dict[str, Any]]
 def _object(path: Path, text: str, line: int | None = None) -> dict[str, Any]:
     where = f"{path}" if line is None else f"{path}: line {line}"
     try:
-        value = json.loads(text)
+        value = loads(text)  # as readers of the shard will: what they do not have is not to be written
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not readable as JSON ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: must be a JSON object")
+    if is_deeper(value, DEEPEST_FACTS):
+        raise InputError(f"{where}: lists or objects within each other, more than {DEEPEST_FACTS} deep")
     return value
 
 

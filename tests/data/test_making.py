@@ -17,7 +17,7 @@ from data.cli import app
 from data.decode.decoder import Decoder, DecodeSettings
 from data.making.captions import Captions
 from data.mixture import Task
-from data.samples import Raw
+from data.samples import DEEPEST_FACTS, Raw
 from data.shards.manifest import ShardSet, read_set
 from data.shards.reader import read_shard
 from data.tap import read_items
@@ -265,6 +265,35 @@ def test_two_files_of_one_key_are_named_before_anything_is_written(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {folder}: {one} and {other} would both be the sample ")
     assert not out.exists()
+
+
+def test_odd_words_beside_a_file_end_no_run(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    deep = '{"x": ' + "[" * 100 + "]" * 100 + "}"
+    beside = {
+        "nan": '{"score": NaN, "others": [Infinity, 1e999, 0.5]}',
+        "half": '{"caption": "a \\ud800b", "label": "\\udc00"}',
+        "list": '{"caption": ["one", "two"]}',
+        "number": '{"caption": 7}',
+        "none": '{"caption": null}',
+        "deep": deep,
+    }
+    for number, (name, text) in enumerate(beside.items()):
+        Image.fromarray(pixels(number)).save(folder / f"{name}.png")
+        (folder / f"{name}.json").write_text(text)
+    assert run("shard", "images", folder, "--out", out, "--workers", 1) == 0
+    found = samples(read_set(out))
+    assert {key: raw.caption() for key, raw in found.items()} == {
+        **{"nan": None, "half": "a \N{REPLACEMENT CHARACTER}b", "number": "7", "none": None},
+    }
+    assert found["nan"].facts() == {
+        **{"score": None, "others": [None, None, 0.5], "file": "nan.png", "height": 40, "width": 56},
+    }
+    assert {skipped.name: skipped.reason for skipped in read_set(out).skipped} == {
+        "list.png": f"{folder}/list.png: its caption must be text, not ['one', 'two']",
+        "deep.png": f"{folder}/deep.json: lists or objects within each other, more than {DEEPEST_FACTS} deep",
+    }
 
 
 def test_a_set_made_without_these_words_is_not_taken_for_one_with_them(
