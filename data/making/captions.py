@@ -112,7 +112,8 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _csv_rows(path: Path, text: str, separator: str) -> Iterator[dict[str, Any]]:
     # Strict: else a quotation mark that nothing closes takes all rows up to the next one into its caption.
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
+    # Spaces behind a comma are no part of a name: " text" would be a fact of that name, and no caption.
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
     line = 1
     try:
         _ = reader.fieldnames  # reads the head

@@ -232,6 +232,12 @@ def test_quotation_marks_of_a_table_are_read(tmp_path: Path) -> None:
     assert found.table == {"a.png": {"caption": '"Hello", she said, twice'}, "b.png": {"caption": '5" wide'}}
 
 
+def test_spaces_behind_commas_belong_to_no_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('file_name, text, label\na.png, "red, round", ball\nb.png, , cube\n')
+    found = Captions.of(tmp_path, tmp_path / "t.csv")
+    assert found.table == {"a.png": {"caption": "red, round", "label": "ball"}, "b.png": {"label": "cube"}}
+
+
 def test_a_table_that_names_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, table, out = tmp_path / "in", tmp_path / "t.csv", tmp_path / "out"
     folder.mkdir()
