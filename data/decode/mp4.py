@@ -36,8 +36,8 @@ def is_mp4(data: bytes) -> bool:
 
 
 def video_track(data: bytes) -> VideoTrack | None:
-    """The video track of a file, or None for another format, a damaged one, one of several video tracks, or one whose
-    frames come in fragments."""
+    """The video track of a file, or None for another format, a damaged one, one of several video tracks, one whose
+    frames come in fragments, or one that is to be shown mirrored."""
     if not is_mp4(data):
         return None
     try:
@@ -108,5 +108,7 @@ def _timed_frames(runs: memoryview) -> int:
 def _turned(header: memoryview) -> bool:
     """From the matrix of a track header, which lies behind flags, times, track, duration, layer and volume."""
     a, b, _, c, d = struct.unpack_from(">5i", header, 52 if header[0] == 1 else 40)
+    if a * d - b * c < 0:
+        raise ValueError("a mirror image, which decord takes for a turned one")
     one = 1 << 16
     return bool(a == 0 == d and abs(b) == one == abs(c))

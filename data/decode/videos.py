@@ -3,7 +3,8 @@
 Two ways. decord is fast: it decodes only from the key frame before a wanted frame, and scales while it converts
 colours. But it hides damage and miscounts frames of some formats, so that it gets the formats that it reads as the
 container says, and what it makes of a clip is checked. Everything else goes through `tokenizer.media`, frame by frame:
-GIFs, MPEG streams, AV1, and whatever decord stumbles over, which is thereby read after all or found to be damaged.
+GIFs, MPEG streams, AV1, what is mirrored or transparent, and whatever decord stumbles over, which is thereby read after
+all or found to be damaged.
 
 decord reads from a file without a name and not from memory: in memory its constructor crashes the process on files with
 a damaged header (0.6.0).
@@ -43,9 +44,10 @@ ChooseFrames = Callable[[NDArray[np.float64]], Sequence[int]]
 _FAST_FORMATS = ("matroska,webm", "avi")
 """Beside MP4 and MOV, whose boxes tell what FFmpeg does not before it has decoded a frame: whether to turn it."""
 
-_SLOW_CODECS = ("vp8",)
-_SLOW_TAGS = ("vp08", "av01")
-"""Packets of VP8 that hold no frame to show are counted by decord; AV1 it cannot decode."""
+_SLOW_CODECS = ("vp8", "png", "qtrle", "prores", "ffv1")
+_SLOW_TAGS = ("vp08", "av01", "png ", "rle ", "ap4h", "ap4x")
+"""Packets of VP8 that hold no frame to show are counted by decord; AV1 it cannot decode. The others may be transparent:
+decord shows what lies below, not white."""
 
 _MISSING_SECONDS = 0.5
 """A container may declare this much more than its frames take (rounding); more may be missing from its end."""
@@ -129,6 +131,8 @@ def _probed_header(path: Path) -> _Header | None:
             stream = container.streams.video[0]
             codec: Any = stream.codec_context
             if container.format.name not in _FAST_FORMATS or codec.name in _SLOW_CODECS:
+                return None
+            if stream.metadata.get("alpha_mode") == "1":
                 return None
             return _Header((codec.height, codec.width), stream.frames, (container.duration or 0) / 1e6)
     except Exception:  # PyAV raises its own errors, and standard ones for fields that make no sense
