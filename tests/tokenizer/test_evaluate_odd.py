@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tokenizer.evaluation_files import options, scene, write_clip
+from tests.tokenizer.evaluation_files import Coarse, options, scene, write_clip
 from tokenizer.errors import InputError
 from tokenizer.evaluation.command import baselines, datasets, runner, samples
 from tokenizer.evaluation.command.baselines import CODERS, Coder, SameRate, best_within
@@ -58,6 +58,23 @@ def test_whatever_fails_while_a_sample_is_loaded_costs_that_sample(
     assert name == "1.png"
     assert reason.startswith(type(error).__name__)
     assert run(data, tmp_path / "out") == json.loads(json.dumps(results))
+
+
+def test_a_system_that_fails_ends_the_run_and_is_named_with_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, encode = pictures(tmp_path / "data"), Coarse.encode
+
+    def failing(self: Coarse, frames: Any) -> Any:
+        if np.array_equal(frames, scene(1, 24, 20)):
+            raise RuntimeError("a kernel larger than its input")
+        return encode(self, frames)
+
+    monkeypatch.setattr(Coarse, "encode", failing)
+    with pytest.raises(InputError, match=r"^1\.png: coarse failed: RuntimeError: a kernel larger than its input"):
+        run(data, tmp_path / "out")
+    monkeypatch.setattr(Coarse, "encode", encode)
+    assert run(data, tmp_path / "out")["samples"] == {"image": 3}
 
 
 def test_a_folder_of_results_takes_one_run_at_a_time(tmp_path: Path) -> None:

@@ -218,6 +218,11 @@ class Runner:
                 left.append(sample)
             except InputError as error:
                 faults[sample.id] = f"{system.name}: {fault_line(error)}"
+            except Exception as error:
+                # Ends the run: a device that failed would leave out all that follows, and the run would look done.
+                raise InputError(
+                    f"{printable(sample.id)}: {system.name} failed: {fault_line(error)} (ATOKEN_DEBUG=1 shows where)"
+                ) from error
             else:
                 left.append(sample)
         if not pairs:
