@@ -129,6 +129,19 @@ def test_a_film_of_damaged_times_is_measured_and_played(tmp_path: Path, monkeypa
     assert "data:video/webm" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_figure_of_fewer_samples_than_the_table_counts_is_noted(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data", 2)
+    save_image(scene(2, 10, 20)[0], data / "low.png")
+    results = run(data, tmp_path / "out", baselines=["jpeg"])
+    row = results["kinds"]["image"]["coarse"]
+    assert (row["samples"], row["figures"]["psnr"]["n"], row["figures"]["ssim"]["n"]) == (3, 3, 2)
+    note = "SSIM (image) is of 2 of 3 samples: the others have a side below 11 pixels"
+    assert results["notes"] == [note]
+    assert note in (tmp_path / "out" / "results.md").read_text()
+    assert note in (tmp_path / "out" / "report.html").read_text()
+    assert run(pictures(tmp_path / "large"), tmp_path / "all")["notes"] == []
+
+
 def test_a_picture_too_wide_for_webp_is_measured_without_webp(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", 2)
     save_image(scene(1, 8, 16_400)[0], data / "wide.png")

@@ -18,7 +18,8 @@ from tokenizer.evaluation.command.names import printable
 from tokenizer.evaluation.command.presets import KINDS, Kind
 from tokenizer.evaluation.command.runner import Plan
 from tokenizer.evaluation.command.understanding import PROMPTS, retrieval, zero_shot
-from tokenizer.evaluation.metrics import SETTINGS
+from tokenizer.evaluation.features import I3D_MIN_FRAMES
+from tokenizer.evaluation.metrics import LPIPS_MIN_SIDE, SETTINGS, SSIM_RADIUS
 
 FORMAT: Final = "atoken-evaluation"
 VERSION: Final = 1
@@ -68,6 +69,17 @@ COLUMNS: Final = {
 """Everything that tables show, in this order."""
 
 
+_SMALL: Final = "the others have a side below {} pixels"
+_WHY: Final = {
+    "ssim": _SMALL.format(2 * SSIM_RADIUS + 1),
+    **{f"lpips_{name}": _SMALL.format(side) for name, side in LPIPS_MIN_SIDE.items()},
+    "fvd": f"the others have fewer than {I3D_MIN_FRAMES} frames",
+    "top1": "the others have no class, or none that --labels names",
+    "t2v_r1": "the others have no captions",
+}
+"""Why a figure is of some samples alone."""
+
+
 def make_results(plan: Plan, measurement: Measurement, facts: Mapping[str, Any], notes: Sequence[str] = ()) -> Results:
     """All results.
 
@@ -104,7 +116,10 @@ def make_results(plan: Plan, measurement: Measurement, facts: Mapping[str, Any],
         "samples": {kind: count for kind, count in counts.items() if count},
         "kinds": kinds,
         "left_out": {"samples": len(measurement.left_out), "reasons": measurement.left_out},
-        "notes": [*notes, *_warnings(kinds), *_unanswered(plan, measurement, kinds), *_not_handled(measurement)],
+        "notes": [
+            *(*notes, *_warnings(kinds), *_unanswered(plan, measurement, kinds)),
+            *(*_not_handled(measurement), *_of_fewer(kinds)),
+        ],
     }
     return dict(printable(results))
 
@@ -211,6 +226,18 @@ def _not_handled(measurement: Measurement) -> list[str]:
         more = [f"and {len(reasons) - LISTED} more"] if len(reasons) > LISTED else []
         lines.append(f"{system} ({kind}) is measured without what it cannot code: {', '.join(shown + more)}")
     return lines
+
+
+def _of_fewer(kinds: Mapping[Kind, Any]) -> list[str]:
+    """Figures of fewer samples than their rows count, such as SSIM where some pictures are too small for its window."""
+    found = [
+        f"{COLUMNS[name].title} ({kind}) is of {figure['n']} of {row['samples']} samples: {_WHY[name]}"
+        for kind, rows in kinds.items()
+        for row in rows.values()
+        for name, figure in row["figures"].items()
+        if name in _WHY and figure["n"] < row["samples"]
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _enough(meter: Any) -> bool:
