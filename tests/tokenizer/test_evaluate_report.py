@@ -23,6 +23,7 @@ from tokenizer.errors import InputError
 from tokenizer.evaluation.card import END, begin_mark, main, read_card
 from tokenizer.evaluation.command.baselines import CODERS, best_within
 from tokenizer.evaluation.command.datasets import open_source
+from tokenizer.evaluation.command.diffusers_codec import load_diffusers
 from tokenizer.evaluation.command.evaluate import evaluate
 from tokenizer.evaluation.command.plots import Series, rate_distortion
 from tokenizer.evaluation.command.presets import find_preset
@@ -150,6 +151,26 @@ def test_an_autoencoder_of_diffusers_is_measured_like_any_other(tmp_path: Path) 
     assert first["systems"]["tiny-kl"]["psnr"] == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(InputError, match=r"no config\.json there"):
         evaluate(options(data, tmp_path / "none", diffusers=[data]), load)
+
+
+def test_a_temporal_decoder_behind_an_encoder_of_pictures_decodes_a_clip_at_once(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)  # diffusers draws weights from the global generator alone
+    model = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2
+    ).eval()
+    model.save_pretrained(tmp_path / "tiny-svd")
+    adapter = load_diffusers(tmp_path / "tiny-svd", torch.device("cpu"), torch.float32).adapter
+    for frames in (scene(0, 20, 24), scene(1, 20, 24, 5)):
+        with torch.inference_mode():
+            code, bits = adapter.encode(frames)
+            copy = adapter.decode(code)
+            latents = model.encode(torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+            wanted = model.decode(latents, num_frames=len(frames)).sample
+        assert bits == len(frames) * 10 * 12 * 4 * 32
+        pixels = ((wanted + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+        # One grey value: frames are encoded one by one here and together there.
+        assert np.abs(copy.astype(int) - pixels.int().numpy()).max() <= 1
 
 
 def test_assets_are_measured_on_views_beside_flat_voxels(tmp_path: Path, bundled: Path) -> None:

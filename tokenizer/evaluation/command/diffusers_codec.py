@@ -1,12 +1,14 @@
 """Autoencoders of the package diffusers, from a local folder with a config.json and weights.
 
 What goes through is the mode of the posterior, or of a quantised autoencoder its codes. Latents count as they are
-stored, indices with log2 of the codebook. Autoencoders of pictures code a clip frame by frame. Pictures are padded with
-edge values, and clips with their last frame, to what the network can divide; the padding is paid for.
+stored, indices with log2 of the codebook. Autoencoders of pictures code a clip frame by frame; one with a temporal
+decoder decodes its frames together. Pictures are padded with edge values, and clips with their last frame, to what the
+network can divide; the padding is paid for.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,9 @@ class DiffusersAdapter:
     def __init__(self, model: Any, name: str) -> None:
         self.name = name
         self._model = model
-        self._video = any(isinstance(part, nn.Conv3d) for part in model.modules())
+        # Of the encoder alone: that of Stable Video Diffusion sees pictures, and its decoder all frames together.
+        self._video = any(isinstance(part, nn.Conv3d) for part in getattr(model, "encoder", model).modules())
+        self._together = "num_frames" in inspect.signature(model.decode).parameters
         config = model.config
         levels = config.get("block_out_channels") or config.get("dim_mult") or (0,) * 5
         self._space = int(
@@ -68,7 +72,10 @@ class DiffusersAdapter:
     def decode(self, code: tuple[list[Tensor], Shape]) -> Frames:
         """See `Adapter`."""
         codes, (count, height, width) = code
-        parts = [self._model.decode(latents).sample for latents in codes]
+        if self._together:
+            parts = [self._model.decode(torch.cat(codes), num_frames=count).sample]
+        else:
+            parts = [self._model.decode(latents).sample for latents in codes]
         pixels = parts[0][0].transpose(0, 1) if self._video else torch.cat(parts)
         pixels = pixels[:count, :, :height, :width].permute(0, 2, 3, 1).float()
         return np.ascontiguousarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
