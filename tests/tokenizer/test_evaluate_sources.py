@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,6 +48,20 @@ def test_the_evaluation_split_of_a_store_is_measured_on_its_unseen_views(tmp_pat
     assert (sample.frames == wanted).all()
     assert isinstance(sample.asset, Asset)
     assert len(sample.asset.wanted) == 3
+    with pytest.raises(InputError, match=r"^--captions: .* holds the captions of its samples"):
+        open_source(str(tmp_path), {"bread": ["a loaf"]})
+
+
+def test_captions_given_for_shards_are_refused_and_for_packaged_pictures_taken(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "set-000000.tar", "w") as tar:
+        tar.add(picture_folder(tmp_path / "data", 1) / "blue" / "0.png", "0.png")
+    assert len(open_source(str(tmp_path / "set-000000.tar"), {})) == 1
+    with pytest.raises(InputError, match=r"^--captions: .*set-000000\.tar holds the captions of its samples"):
+        open_source(str(tmp_path / "set-000000.tar"), {"0": ["a picture"]})
+    pytest.importorskip("skimage")
+    [name] = [raw.id for raw in open_source("packaged").read([0])]
+    [raw] = open_source("packaged", {name: ["a picture"]}).read([0])
+    assert raw.captions == ("a picture",)
 
 
 def test_words_come_from_json_files_or_lie_beside_the_samples(tmp_path: Path) -> None:

@@ -211,20 +211,20 @@ def open_source(spec: str, captions: Mapping[str, Sequence[str]] | None = None) 
     """What --data names: "packaged", shards (a reader of another room knows), a folder or a file.
 
     Raises:
-        InputError: nothing there, or nothing that can be measured.
+        InputError: nothing there, nothing that can be measured, or captions for what has its own.
     """
     if spec == PACKAGED:
         from tokenizer.evaluation.nano import packaged_files
 
-        return FileSource([(path.name, path) for path in packaged_files()], spec)
+        return FileSource([(path.name, path) for path in packaged_files()], spec, captions)
     for entry in importlib.metadata.entry_points(group=READERS):
         opener: Opener = entry.load()
         found = opener(spec)
         if found is not None:
-            return found
+            return _with_own_words(found, spec, captions)
     path = Path(spec)
     if (store := open_store(path)) is not None:
-        return store
+        return _with_own_words(store, spec, captions)
     if path.is_dir():
         from tokenizer.cli.inputs import find_inputs
 
@@ -232,6 +232,13 @@ def open_source(spec: str, captions: Mapping[str, Sequence[str]] | None = None) 
     if path.is_file():
         return FileSource([(path.name, path)], spec, captions)
     raise InputError(f"--data {spec}: no such folder or file; give a folder, shards, or '{PACKAGED}'")
+
+
+def _with_own_words(source: Source, spec: str, captions: Mapping[str, Sequence[str]] | None) -> Source:
+    """`source`; raises `InputError` if captions were given, which would be passed over."""
+    if captions:
+        raise InputError(f"--captions: {spec} holds the captions of its samples; they are of files and folders alone")
+    return source
 
 
 def read_captions(path: Path | None) -> dict[str, list[str]]:
