@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.tokenizer.evaluation_files import Coarse, options, scene, write_clip
 from tokenizer.errors import InputError
@@ -18,6 +20,7 @@ from tokenizer.evaluation.command import baselines, datasets, runner, samples
 from tokenizer.evaluation.command.baselines import CODERS, Coder, SameRate, best_within
 from tokenizer.evaluation.command.datasets import FileSource
 from tokenizer.evaluation.command.evaluate import evaluate
+from tokenizer.evaluation.command.examples import _example
 from tokenizer.evaluation.command.measurement import Found, Known, Measurement
 from tokenizer.evaluation.command.names import printable, told_apart
 from tokenizer.evaluation.command.samples import Sample
@@ -127,6 +130,16 @@ def test_a_film_of_damaged_times_is_measured_and_played(tmp_path: Path, monkeypa
     monkeypatch.setattr(VideoReader, "__init__", slow)
     assert run(tmp_path / "data", tmp_path / "out")["samples"] == {"video": 1}
     assert "data:video/webm" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_views_too_wide_for_a_row_of_the_report_are_shown_as_far_as_they_go() -> None:
+    views = np.zeros((8, 4, 2100, 3), np.uint8)
+    shown = _example("asset", "best", Sample("a", "asset", "", views), {"model": views}, {})
+    assert shown.note == "the first 7 of 8 views"
+    widths = [Image.open(io.BytesIO(panel.data)).width for panel in shown.panels]
+    assert widths == [7 * 2100] * 2
+    small = np.zeros((8, 4, 256, 3), np.uint8)
+    assert _example("asset", "best", Sample("a", "asset", "", small), {}, {}).note == ""
 
 
 def test_a_figure_of_fewer_samples_than_the_table_counts_is_noted(tmp_path: Path) -> None:

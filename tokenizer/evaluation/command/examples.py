@@ -28,6 +28,9 @@ from tokenizer.media import VideoWriter
 LARGEST: Final = 512
 """Pixels a side of pictures on the page; of larger ones the centre is shown."""
 
+WEBP_SIDE: Final = 16383
+"""Pixels a side that the format of pictures on the page holds."""
+
 CLIP_WIDTH: Final = 320
 CLIP_FRAMES: Final = 96
 _GAP: Final = 4
@@ -102,7 +105,10 @@ def _example(
         return _player(rank, sample, everything, figures)
     panels, note = [], ""
     for title, frames in everything.items():
-        picture = np.concatenate(list(frames), axis=1) if kind == "asset" else frames[0]
+        shown = frames[: max(1, WEBP_SIDE // frames.shape[2])]
+        if kind == "asset" and len(shown) < len(frames):
+            note = f"the first {len(shown)} of {len(frames)} views"
+        picture = np.concatenate(list(shown), axis=1) if kind == "asset" else frames[0]
         cut = picture if kind == "asset" else centre(picture, LARGEST)
         if cut.shape != picture.shape:
             note = f"the central {cut.shape[1]} x {cut.shape[0]} of {picture.shape[1]} x {picture.shape[0]} pixels"
@@ -148,8 +154,8 @@ def _scaled(frames: Frames, width: int) -> Frames:
 
 def _webp(picture: Frames) -> bytes:
     """Lossless, so that what is seen is what was measured."""
-    if max(picture.shape[:2]) > 16383:
-        raise InputError("a picture of more than 16383 pixels a side does not fit the page")
+    if max(picture.shape[:2]) > WEBP_SIDE:
+        raise InputError(f"a picture of more than {WEBP_SIDE} pixels a side does not fit the page")
     coded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(coded, "WEBP", lossless=True, method=3)
     return coded.getvalue()
