@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 
+from tests.tokenizer.networks import random_network, visuals
 from tokenizer.errors import InputError
 from tokenizer.model.config import FSQConfig
 from tokenizer.quantizers import FSQ, Quantizer, make_quantizer
@@ -150,3 +154,25 @@ def test_an_index_outside_the_codebook_is_named(index: int) -> None:
     indices[1, 4] = index
     with pytest.raises(InputError, match=r"row 1 has indices .* outside 0\.\.4095"):
         fsq().decode(indices)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_indices_seen_without_gradients_take_none_from_the_latents(
+    mode: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """A step that logs codebook use before its loss trains the encoder all the same."""
+    network = copy.deepcopy(random_network(discrete=True)).requires_grad_(True)
+    tokens, gradients = visuals((8, 12), (5, 8, 8)), []
+    for logged in (False, True):
+        encoding = network.encode(tokens)
+        if logged:
+            with mode():
+                assert encoding.indices is not None
+                assert encoding.quantized is not None
+                assert not encoding.latents.features.requires_grad  # nor do pictures made here keep a graph
+        network.zero_grad()
+        network.decode(encoding.latents).features.square().sum().backward()
+        gradients.append(network.encoder.to_posterior.weight.grad)
+    assert gradients[0] is not None
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0])

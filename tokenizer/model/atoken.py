@@ -27,7 +27,7 @@ from tokenizer.model.posterior import Posterior
 from tokenizer.model.refiner import finished, make_refiner
 from tokenizer.model.transformer import Block, BlockCache, Observer, Transformer
 from tokenizer.quantizers import Quantized, Quantizer, make_quantizer
-from tokenizer.sparse import SparseTokens
+from tokenizer.sparse import SparseTokens, built_for_all
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,13 @@ class Encoding:
     @functools.cached_property
     def quantized(self) -> Quantized | None:
         """Quantised means, or None for a continuous model."""
-        return None if self.quantizer is None else self.quantizer.quantize(self.posterior.mean.features)
+        return None if self.quantizer is None else built_for_all(self._quantize)
+
+    def _quantize(self) -> Quantized:
+        assert self.quantizer is not None
+        # Kept for all who ask, so with a gradient if there can be one: the first may ask for indices within no_grad.
+        with torch.set_grad_enabled(self.posterior.parameters.features.requires_grad):
+            return self.quantizer.quantize(self.posterior.mean.features)
 
     @property
     def indices(self) -> SparseTokens | None:
@@ -59,7 +65,10 @@ class Encoding:
     def latents(self) -> SparseTokens:
         """[N, C]: what to decode. The quantised values of a discrete model, the mean of a continuous one."""
         mean = self.posterior.mean
-        return mean if self.quantized is None else mean.with_features(self.quantized.values)
+        if self.quantized is None:
+            return mean
+        values = self.quantized.values
+        return mean.with_features(values if torch.is_grad_enabled() else values.detach())
 
 
 def draw_linear(layer: nn.Linear, generator: torch.Generator) -> None:
