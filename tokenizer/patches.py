@@ -122,7 +122,7 @@ def check_pixels(frames: Tensor) -> None:
         raise InputError(
             f"pixels must be floats in [-1, 1], got {str(frames.dtype).removeprefix('torch.')}; use x / 127.5 - 1"
         )
-    low, high = (float(value) for value in torch.aminmax(frames))
+    low, high = (float(value) for value in torch.aminmax(frames.detach()))
     if not (low >= -1.01 and high <= 1.01):  # also false for NaN
         raise InputError(f"pixel values must lie in [-1, 1], got {low:g} to {high:g}; scale 0..255 with x / 127.5 - 1")
 

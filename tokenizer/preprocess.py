@@ -221,7 +221,7 @@ def _as_float(frames: Tensor) -> Tensor:
         return frames.float()
     if not frames.is_floating_point():
         raise InputError(f"pixels must be uint8 or floating, got {str(frames.dtype).removeprefix('torch.')}")
-    low, high = (float(value) for value in torch.aminmax(frames))
+    low, high = (float(value) for value in torch.aminmax(frames.detach()))
     if not (low >= -1.5 and high <= 256.5):  # also false for NaN; resampling filters overshoot a little
         raise InputError(
             f"pixel values must lie in 0..255, got {low:g} to {high:g}; from [-1, 1] use x * 127.5 + 127.5"

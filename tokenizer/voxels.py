@@ -80,7 +80,7 @@ def voxels_to_tokens(features: Tensor, coordinates: Tensor, patch_size: PatchSiz
     if coordinates.shape != (len(features), 3):
         raise InputError(f"voxel coordinates must be [{len(features)}, 3], got {tuple(coordinates.shape)}")
     if features.numel():
-        low, high = (float(value) for value in torch.aminmax(features))
+        low, high = (float(value) for value in torch.aminmax(features.detach()))
         if not (low >= -0.01 and high <= 1.01):  # also false for NaN
             raise InputError(f"voxel features must lie in [0, 1], got {low:g} to {high:g}")
     positions = F.pad(coordinates, (1, 0), value=ASSET_TIME)

@@ -19,7 +19,9 @@ from tokenizer.patches import (
     video_to_tokens,
     visuals_to_tokens,
 )
+from tokenizer.preprocess import process_image
 from tokenizer.sparse import SparseTokens
+from tokenizer.voxels import voxels_to_tokens
 
 QUICK = settings(max_examples=30, deadline=None, derandomize=True)
 SIDE = st.integers(1, 50)
@@ -233,3 +235,24 @@ def test_every_byte_survives_floats() -> None:
     values = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(float_to_uint8(uint8_to_float(values)), values)
     assert float_to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_that_are_optimised_are_read_without_a_warning() -> None:
+    """torch warns, once a process, of a tensor with a gradient that becomes a number, as ranges of values do."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        picture, voxels, raw = (
+            torch.full(shape, 0.5, requires_grad=True) for shape in ((9, 9, 3), (2, 768), (1, 16, 16, 3))
+        )
+        features = [
+            image_to_tokens(picture)[0].validate().features,
+            voxels_to_tokens(voxels, torch.arange(6).reshape(2, 3)).features,
+            process_image(raw).features,
+        ]
+        for made, leaf in zip(features, (picture, voxels, raw), strict=True):
+            (gradient,) = torch.autograd.grad(made.sum(), leaf)
+            assert (gradient != 0).all()
+    finally:
+        torch.set_warn_always(before)
