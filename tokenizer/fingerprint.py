@@ -44,8 +44,12 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 def look(tensors: Mapping[str, Tensor]) -> Tensor:
-    """What `weights_digest` would read, unrounded and in one tensor on the CPU, so that a GPU is asked only once."""
-    return torch.cat([_spread(tensors[name]) for name in sorted(tensors)]).cpu()
+    """What `weights_digest` would read, unrounded and in one tensor on the CPU, so that a GPU is asked only once.
+
+    Of weights on the device "meta", which have no values, zeros.
+    """
+    values = torch.cat([_spread(tensors[name]) for name in sorted(tensors)])
+    return torch.zeros_like(values, device="cpu") if values.is_meta else values.cpu()
 
 
 def same_but_for_precision(before: Tensor, now: Tensor) -> bool:

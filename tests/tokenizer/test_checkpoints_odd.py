@@ -18,6 +18,7 @@ from tests.conftest import TINY_GAUSSIANS
 from tests.tokenizer.test_checkpoints import CONFIGS, contents, random_model, refused, same_bytes
 from tokenizer import AToken, checkpoints
 from tokenizer.gaussians import GaussianDecoder
+from tokenizer.patches import visuals_to_tokens
 from tokenizer.released import config_to_released, to_released
 from tokenizer.tensorio import write_pt
 from tokenizer.text.alignment import AlignmentConfig, TextAlignment
@@ -188,3 +189,24 @@ def test_what_stands_beside_a_model_goes_where_it_goes() -> None:
         assert part is not None
         assert {p.device.type for p in part.parameters()} == {"meta"}
         assert {p.dtype for p in part.parameters()} == expected
+
+
+@pytest.mark.parametrize("name", ["atoken-nano", "atoken-nano-d"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_on_meta_tells_shapes(name: str, gradients: bool) -> None:
+    """As those need it who count operations or plan memory before they have any."""
+    real = AToken.from_pretrained(name)
+    model = AToken.from_pretrained(name, device="meta")
+    assert model.fingerprint == real.fingerprint
+    tokens, _ = visuals_to_tokens([torch.zeros(33, 20, 3), torch.zeros(21, 16, 16, 3)])
+    with torch.set_grad_enabled(gradients):
+        encoding = model.encode(tokens.to("meta"))
+        patches = model.decode(encoding.latents)
+    assert (patches.device.type, patches.features.shape) == ("meta", tokens.features.shape)
+    assert encoding.pooled.shape == (2, model.config.encoder.width)
+    # Weights that are read later are weights like any.
+    plain = AToken.from_pretrained(name, device="meta")
+    object.__setattr__(plain, "gaussian_decoder", None)
+    object.__setattr__(plain, "text_alignment", None)
+    plain.to_empty(device="cpu").load_state_dict({key: tensor * 1.5 for key, tensor in real.state_dict().items()})
+    assert plain.fingerprint != real.fingerprint

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tokenizer.model.config import ATokenConfig
 from tokenizer.model.digits import LEVEL_VALUES, code_in_digits
 from tokenizer.model.plan import host_rows
-from tokenizer.model.precision import at_least_float32
+from tokenizer.model.precision import at_least_float32, no_autocast
 
 BASE = 4
 """Levels of a channel that carries a digit; FSQ with 4 levels keeps them apart exactly."""
@@ -49,7 +49,7 @@ class LinearCodes(nn.Module):
         In float32 at least: errors of two codes often differ by less than half precision can say, and wrong choices
         cost 0.2 dB.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             x, encoder, mean = at_least_float32(x), at_least_float32(self.encoder), at_least_float32(self.mean)
             every = _project(x, encoder, mean)
             with torch.no_grad():
@@ -240,7 +240,7 @@ class PiecewiseLinearCode(nn.Module):
         """Latents [N, c] of the best of `codes` for each row, and its number [N]."""
         if not self.in_digits:
             return codes(x)  # type: ignore[no-any-return]
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             full = (at_least_float32(part) for part in (x, codes.decoder, codes.mean))
             digits, number = code_in_digits(*full)
         return self.write_levels.to(codes.decoder.dtype)[digits], number

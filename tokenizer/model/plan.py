@@ -161,12 +161,13 @@ def segment_extent(positions: Tensor, segment: Tensor, count: int) -> Tensor:
 def host_rows(mask: Tensor, *, wait: bool = False) -> Tensor | None:
     """Rows where bool [N] is true, on a CPU, where each sort of row is worth computing alone.
 
-    None where finding them would make the host wait for a device, or a compiler stop.
+    None where finding them would make the host wait for a device, or a compiler stop, and on "meta", where there are
+    none.
 
     Args:
         wait: let the host wait, once: a training step does so anyway.
     """
-    if (mask.device.type != "cpu" and not wait) or torch.compiler.is_compiling():
+    if mask.is_meta or (mask.device.type != "cpu" and not wait) or torch.compiler.is_compiling():
         return None
     return mask.nonzero()[:, 0]
 
