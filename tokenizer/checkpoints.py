@@ -46,7 +46,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAPPED_BYTES = 2**26
 """How much of a file is read before it is mapped anew."""
 _DIGEST = "weights"
-"""Metadata entry with the digest of the weights before any rounding; believed of float16 files only."""
+"""Metadata entry with the digest of the weights before any rounding; believed of float16 files, and of those whose
+weights are still the ones that `_ROUNDED` names."""
+_ROUNDED = "rounded weights"
+"""Metadata entry with the digest of the weights as they are in the file, where rounding to float16 made it another."""
 
 _Network = TypeVar("_Network", bound=AToken)
 
@@ -155,7 +158,11 @@ def _write(network: ATokenNetwork, config: Path, weights: Path, dtype: torch.dty
     own = network.state_dict()
     digest = network.weights_digest if isinstance(network, AToken) else weights_digest(own)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in own.items()}
-    write_safetensors(state, weights, {"format": "pt", "name": network.config.name, _DIGEST: digest})
+    metadata = {"format": "pt", "name": network.config.name, _DIGEST: digest}
+    rounded = weights_digest(state)
+    if rounded != digest:
+        metadata[_ROUNDED] = rounded
+    write_safetensors(state, weights, metadata)
     config.write_text(json.dumps(config_to_dict(network.config), indent=2) + "\n", encoding="utf-8")
 
 
@@ -304,7 +311,7 @@ def fill(
         module = network.get_submodule(module_name)
         setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
     digest = weights_digest(samples)
-    if file and half:
+    if file and (half or file.metadata.get(_ROUNDED) == digest):
         digest = file.metadata.get(_DIGEST, digest)
     network.remember_digest(digest)
     return network.eval()

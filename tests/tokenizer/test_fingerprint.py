@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tokenizer import AToken, TokenFile
@@ -68,3 +71,24 @@ def test_changes_of_precision_are_none(tiny_models: Path, order: tuple[str, ...]
     model = AToken.from_pretrained(tiny_models / "atoken-nano", dtype=torch.float32)
     model.encoder.half()  # a part of it alone
     assert model.fingerprint == name
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+def test_weights_that_were_once_float16_keep_their_name_in_files_of_other_types(
+    tiny_models: Path, tmp_path: Path, wide: torch.dtype
+) -> None:
+    first = AToken.from_pretrained(tiny_models / "atoken-nano", dtype=torch.float32)
+    first.encoder.to_posterior.weight.data.mul_(1.1)  # to values that float16 rounds
+    half, again = tmp_path / "half", tmp_path / "again"
+    first.save_pretrained(half, dtype=torch.float16)
+    AToken.from_pretrained(half).save_pretrained(again, dtype=wide)  # rounded twice
+    assert AToken.from_pretrained(again).fingerprint == first.fingerprint
+    AToken.from_pretrained(half, dtype=wide).save_pretrained(tmp_path / "more")
+    AToken.from_pretrained(tmp_path / "more").save_pretrained(again)
+    assert AToken.from_pretrained(again).fingerprint == first.fingerprint
+    # Not so if other tools changed the weights and kept what is said of them.
+    opener: Any = safe_open
+    metadata = opener(str(again / "model.safetensors"), framework="pt").metadata()
+    state = load_file(again / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in state.items()}, again / "model.safetensors", metadata=metadata)
+    assert AToken.from_pretrained(again).fingerprint != first.fingerprint
