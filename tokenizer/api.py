@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizer.errors import InputError
-from tokenizer.fingerprint import fingerprint, look, same_but_for_precision, weights_digest
+from tokenizer.fingerprint import fingerprint, look, same_but_for_precision, weights_digest, weights_of
 from tokenizer.model.atoken import ATokenNetwork, Encoding
 from tokenizer.model.config import ATokenConfig
 from tokenizer.model.context import Tiling
@@ -205,7 +205,7 @@ class AToken(ATokenNetwork):
         Values are compared rather than counts of writes: weights may be replaced, or written to past autograd. It takes
         some 15 microseconds a tensor.
         """
-        state = self.state_dict()
+        state = weights_of(self)
         if self._weights is None or not same_but_for_precision(self._weights[0], look(state)):
             self.remember_digest(weights_digest(state))
         assert self._weights is not None
@@ -213,7 +213,7 @@ class AToken(ATokenNetwork):
 
     def remember_digest(self, digest: str) -> None:
         """Keep the digest of the weights as they were in their file, before any change of precision."""
-        self._weights = (look(self.state_dict()), digest)
+        self._weights = (look(weights_of(self)), digest)
 
     # ------------------------------------------------------------------ pictures and clips
 

@@ -26,7 +26,7 @@ from tokenizer.api import AToken
 from tokenizer.atomic import atomic_path, temporary_beside
 from tokenizer.config import config_to_dict, parse_config, read_mapping
 from tokenizer.errors import InputError
-from tokenizer.fingerprint import sample, weights_digest
+from tokenizer.fingerprint import sample, weights_digest, weights_of
 from tokenizer.model.atoken import ATokenNetwork
 from tokenizer.model.config import SO400M_C, SO400M_C_STAGE1, SO400M_D, ATokenConfig
 from tokenizer.released import (
@@ -155,7 +155,7 @@ def without_parts(parts: Iterable[Path]) -> Iterator[None]:
 
 
 def _write(network: ATokenNetwork, config: Path, weights: Path, dtype: torch.dtype | None) -> None:
-    own = network.state_dict()
+    own = weights_of(network)
     digest = network.weights_digest if isinstance(network, AToken) else weights_digest(own)
     state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in own.items()}
     metadata = {"format": "pt", "name": network.config.name, _DIGEST: digest}
@@ -177,7 +177,7 @@ def export_released(network: AToken, path: str | Path) -> None:
     if target.suffix not in (".safetensors", ".pt"):
         raise InputError(f"{target}: released checkpoints end in .safetensors or .pt")
     text = json.dumps(config_to_released(network.config), indent=2) + "\n"
-    state = {name: tensor.to("cpu").contiguous() for name, tensor in to_released(network.state_dict()).items()}
+    state = {name: tensor.to("cpu").contiguous() for name, tensor in to_released(weights_of(network)).items()}
     with atomic_path(target.with_suffix(".json")) as config, atomic_path(target) as weights:
         if target.suffix == ".pt":
             write_pt(state, weights)

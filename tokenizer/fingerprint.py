@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.config import config_to_dict
 from tokenizer.model.config import ATokenConfig
@@ -36,6 +36,11 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(sample(tensors[name]).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the names that files have, whichever parts of the network `torch.compile` was given."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in network.state_dict().items()}
 
 
 def sample(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.tokenizer.test_checkpoints import CONFIGS, random_model, same_bytes
 from tokenizer import AToken, TokenFile
 from tokenizer.errors import InputError
 
@@ -92,3 +94,24 @@ def test_weights_that_were_once_float16_keep_their_name_in_files_of_other_types(
     state = load_file(again / "model.safetensors")
     save_file({name: tensor * 1.5 for name, tensor in state.items()}, again / "model.safetensors", metadata=metadata)
     assert AToken.from_pretrained(again).fingerprint != first.fingerprint
+
+
+def test_compiled_parts_are_saved_under_the_names_of_files(tmp_path: Path) -> None:
+    """`torch.compile(part)` wraps a part in another module, whose state has names of its own."""
+    model = random_model(CONFIGS["continuous"])
+    plain, name = copy.deepcopy(model), model.fingerprint
+    blocks = model.encoder.transformer.blocks
+    compiled: Any = functools.partial(torch.compile, backend="eager")
+    blocks[0], model.decoder = compiled(blocks[0]), compiled(model.decoder)
+    assert any("_orig_mod" in key for key in model.state_dict())
+    assert model.fingerprint == name
+    model.save_pretrained(tmp_path / "model")
+    model.export_released(tmp_path / "released.safetensors")
+    for source in ("model", "released.safetensors"):
+        loaded = AToken.from_pretrained(tmp_path / source)
+        assert same_bytes(loaded.state_dict(), plain.state_dict())
+        assert loaded.fingerprint == name
+    # Weights that were trained since have the name that their file gets.
+    blocks[0]._orig_mod.mlp.up.weight.data.mul_(1.5)  # type: ignore[union-attr, operator]
+    model.save_pretrained(tmp_path / "model")
+    assert model.fingerprint == AToken.from_pretrained(tmp_path / "model").fingerprint != name
