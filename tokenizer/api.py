@@ -83,6 +83,13 @@ class AToken(ATokenNetwork):
 
     _weights: tuple[Tensor, str] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The two models beside this one are set past nn.Module, which would make them part of the state dict."""
+        if name in ("gaussian_decoder", "text_alignment"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AToken:
         """What `to`, `cuda` and `cpu` do: the two models beside this one go where it goes, in types of their own."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -122,7 +129,7 @@ class AToken(ATokenNetwork):
         if holds_model(folder / "text_alignment"):
             from tokenizer.text.alignment import load_text_alignment
 
-            object.__setattr__(model, "text_alignment", load_text_alignment(folder, device))
+            model.text_alignment = load_text_alignment(folder, device)
         return model
 
     @classmethod
@@ -184,8 +191,7 @@ class AToken(ATokenNetwork):
                 f"the Gaussian decoder takes voxels of {decoder.config.inputs} channels, {self.config.name} makes "
                 f"{rows * columns * 3}"
             )
-        # Past nn.Module, which would make it part of the state dict.
-        object.__setattr__(self, "gaussian_decoder", decoder.to(self.device))
+        self.gaussian_decoder = decoder.to(self.device)
 
     def export_released(self, path: str | PathLike[str]) -> None:
         """Write a released-format checkpoint (.safetensors or .pt) and its configuration (.json) beside it."""

@@ -99,14 +99,14 @@ def complete(seed: int) -> AToken:
     config = AlignmentConfig(width=32, text_width=8, tower="minilm", tower_name="some tower")
     alignment = TextAlignment(config)
     alignment.reset_parameters(torch.Generator().manual_seed(seed))
-    object.__setattr__(model, "text_alignment", alignment)
+    model.text_alignment = alignment
     return model
 
 
 def lacking(*parts: str) -> AToken:
     model = complete(seed=2)
     for part in parts:
-        object.__setattr__(model, part, None)
+        setattr(model, part, None)
     return model
 
 
@@ -206,7 +206,20 @@ def test_a_model_on_meta_tells_shapes(name: str, gradients: bool) -> None:
     assert encoding.pooled.shape == (2, model.config.encoder.width)
     # Weights that are read later are weights like any.
     plain = AToken.from_pretrained(name, device="meta")
-    object.__setattr__(plain, "gaussian_decoder", None)
-    object.__setattr__(plain, "text_alignment", None)
+    plain.gaussian_decoder = plain.text_alignment = None
     plain.to_empty(device="cpu").load_state_dict({key: tensor * 1.5 for key, tensor in real.state_dict().items()})
     assert plain.fingerprint != real.fingerprint
+
+
+def test_what_stands_beside_a_model_can_be_assigned(tmp_path: Path) -> None:
+    """It becomes no submodule: the state dict stays that of the latent space."""
+    given, model = AToken.from_pretrained("atoken-nano"), AToken.from_pretrained("atoken-nano")
+    names = set(model.state_dict())
+    for decoder, alignment in ((None, None), (given.gaussian_decoder, given.text_alignment)):
+        model.gaussian_decoder, model.text_alignment = decoder, alignment
+        assert model.gaussian_decoder is decoder
+        assert model.text_alignment is alignment
+        assert set(model.state_dict()) == names
+        model.save_pretrained(tmp_path)
+        loaded = AToken.from_pretrained(tmp_path)
+        assert (loaded.gaussian_decoder is None, loaded.text_alignment is None) == (decoder is None, alignment is None)
