@@ -15,6 +15,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -64,7 +65,9 @@ class Origin:
             raise InputError(f"frame rates must be finite and not negative, got {list(self.frame_rates)}")
 
     def to_json(self) -> str:
-        items = [_size_to_json(size) | {"frame_rate": r} for size, r in zip(self.sizes, self.frame_rates, strict=True)]
+        # Rates may be what FFmpeg and numpy say: fractions and numbers of other types, which JSON has not.
+        rates = [float(rate) for rate in self.frame_rates]
+        items = [_size_to_json(size) | {"frame_rate": r} for size, r in zip(self.sizes, rates, strict=True)]
         return json.dumps({"version": VERSION, "model": self.model, "fingerprint": self.fingerprint, "items": items})
 
     @classmethod
@@ -96,7 +99,8 @@ class Origin:
 def _size_to_json(size: VisualSize | AssetSize) -> dict[str, Any]:
     if isinstance(size, AssetSize):
         return {"kind": size.kind, "resolution": size.resolution, "to_original": size.to_original}
-    return {"kind": size.kind, "frames": size.frames, "height": size.height, "width": size.width}
+    measures = {"frames": size.frames, "height": size.height, "width": size.width}
+    return {"kind": size.kind} | {name: index(measure) for name, measure in measures.items()}
 
 
 def _size_from_json(item: dict[str, Any]) -> VisualSize | AssetSize:

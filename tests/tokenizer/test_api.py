@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenizer import AToken, InputError
+from tokenizer import AToken, InputError, TokenFile
 from tokenizer.api import ImageSource
 from tokenizer.media import VideoReader, VideoWriter, save_image
 from tokenizer.patches import VisualSize, uint8_to_float
@@ -89,3 +91,14 @@ def test_the_released_crop(model: AToken, clip: Pixels) -> None:
 def test_what_is_no_picture(model: AToken, source: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         model.encode_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), np.float32(12.5), np.int64(24)])
+def test_clips_keep_rates_and_sizes_of_any_type_of_number(model: AToken, rate: float, tmp_path: Path) -> None:
+    """FFmpeg says rates as fractions, and numpy sizes and rates as numbers of its own."""
+    encoding = model.encode_video(np.zeros((4, 16, 16, 3), np.uint8), frame_rate=rate)
+    encoding.save(tmp_path / "a.atok")
+    sizes = (VisualSize("video", *np.array([4, 16, 16])),)
+    TokenFile(encoding.tokens, replace(encoding.origin, sizes=sizes)).save(tmp_path / "b.atok")
+    for path in tmp_path.glob("*.atok"):
+        assert TokenFile.load(path).origin == replace(encoding.origin, frame_rates=(float(rate),))
