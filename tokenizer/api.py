@@ -344,7 +344,7 @@ class AToken(ATokenNetwork):
         if original:
             from tokenizer.gaussians.edit import transform
 
-            gaussians = transform(gaussians, torch.tensor(sizes[0].to_original, dtype=torch.float64))
+            gaussians = transform(gaussians, torch.tensor(sizes[0].to_original, dtype=torch.float64, device="cpu"))
         return gaussians
 
     def reconstruct_asset(self, asset: AssetSource) -> Gaussians:

@@ -75,7 +75,7 @@ def sphere_cameras(count: int, radius: float, *, phase: float = 0.0, field_of_vi
     """
     if count < 1:
         raise InputError(f"the number of views must be at least 1, got {count}")
-    number = torch.arange(count, dtype=torch.float64)
+    number = torch.arange(count, dtype=torch.float64, device="cpu")
     height = 1.0 - (2.0 * number + 1.0) / count
     around = _GOLDEN_ANGLE * number + phase
     ring = (1.0 - height.square()).sqrt()
@@ -91,7 +91,7 @@ def turntable_cameras(
     """
     if count < 1:
         raise InputError(f"the number of views must be at least 1, got {count}")
-    around = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count) - math.pi / 2
+    around = torch.arange(count, dtype=torch.float64, device="cpu") * (2 * math.pi / count) - math.pi / 2
     up, level = math.sin(elevation), math.cos(elevation)
     return orbit_cameras(
         torch.stack([level * around.cos(), level * around.sin(), torch.full_like(around, up)], 1), radius, field_of_view
@@ -104,16 +104,16 @@ def orbit_cameras(directions: Tensor, radius: float, field_of_view: float = FIEL
         raise InputError(f"radius must be positive and the field of view in 0..pi, got {radius} and {field_of_view}")
     directions = directions.double()
     forward = -directions
-    up = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand_as(forward)
+    up = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device="cpu").expand_as(forward)
     pole = forward[:, 2:].abs() > 1 - 1e-9
-    up = torch.where(pole, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), up)
+    up = torch.where(pole, torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device="cpu"), up)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=1)
     down = torch.linalg.cross(forward, right)
     rotation = torch.stack([right, down, forward], dim=1)
-    matrices = torch.eye(4, dtype=torch.float64).repeat(len(directions), 1, 1)
+    matrices = torch.eye(4, dtype=torch.float64, device="cpu").repeat(len(directions), 1, 1)
     matrices[:, :3, :3] = rotation
     matrices[:, 2, 3] = radius / math.sin(field_of_view / 2)
-    return Cameras(matrices.float(), _intrinsics(torch.full((len(directions),), field_of_view)))
+    return Cameras(matrices.float(), _intrinsics(torch.full((len(directions),), field_of_view, device="cpu")))
 
 
 def cameras_from_transforms(transforms: Mapping[str, Any]) -> Cameras:
@@ -130,8 +130,12 @@ def cameras_from_transforms(transforms: Mapping[str, Any]) -> Cameras:
     ):
         raise InputError("camera transforms need 'frames', each with 'transform_matrix' and 'camera_angle_x'")
     try:
-        camera_to_world = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)
-        angle = torch.tensor([frame.get("camera_angle_x", shared) for frame in frames], dtype=torch.float32)
+        camera_to_world = torch.tensor(
+            [frame["transform_matrix"] for frame in frames], dtype=torch.float32, device="cpu"
+        )
+        angle = torch.tensor(
+            [frame.get("camera_angle_x", shared) for frame in frames], dtype=torch.float32, device="cpu"
+        )
     except (TypeError, ValueError):
         raise InputError("camera transforms: a transform_matrix or camera_angle_x is not made of numbers") from None
     if camera_to_world.shape[1:] != (4, 4):
@@ -158,7 +162,7 @@ def transforms_from_cameras(cameras: Cameras) -> list[dict[str, Any]]:
 
 def _intrinsics(field_of_view: Tensor) -> Tensor:
     """[V] radians -> [V, 3, 3] float32, in units of the image."""
-    intrinsics = torch.zeros(len(field_of_view), 3, 3)
+    intrinsics = torch.zeros(len(field_of_view), 3, 3, device="cpu")
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 0.5 / torch.tan(field_of_view.float() / 2)
     intrinsics[:, :2, 2] = 0.5
     intrinsics[:, 2, 2] = 1.0

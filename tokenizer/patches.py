@@ -173,7 +173,7 @@ def _to_tokens(frames: Tensor, kind: Kind, patch_size: PatchSize, fit: Fit) -> t
         raise InputError(f"fit must be 'pad' or 'crop', got '{fit}'")
     features = patchify(frames, patch_size)
     _check_grid(size, patch_size)
-    positions = grid_positions(size.grid(patch_size)).to(frames.device, non_blocking=True)
+    positions = grid_positions(size.grid(patch_size), torch.device("cpu")).to(frames.device, non_blocking=True)
     return SparseTokens(features, positions, [len(features)]), size
 
 
@@ -229,7 +229,7 @@ def _to_pixels(item: SparseTokens, size: VisualSize | None, patch_size: PatchSiz
     raster = (t * grid[1] + x) * grid[2] + y
     count = grid[0] * grid[1] * grid[2]
     ordered, order = torch.sort(raster)
-    wrong = ordered != torch.arange(len(raster))
+    wrong = ordered != torch.arange(len(raster), device="cpu")
     if len(raster) != count or bool(wrong.any()):
         # Nothing as large as the grid is made here: a damaged position can claim a grid of many gigabytes.
         place = int(wrong.int().argmax()) if bool(wrong.any()) else len(raster)
@@ -239,7 +239,7 @@ def _to_pixels(item: SparseTokens, size: VisualSize | None, patch_size: PatchSiz
         what = "two tokens" if doubled else "no token"
         raise InputError(f"item {number} has {what} at t={step} x={row} y={column} of its grid {grid}")
     features = item.features
-    if not torch.equal(order, torch.arange(count)):
+    if not torch.equal(order, torch.arange(count, device="cpu")):
         features = features[order.to(features.device, non_blocking=True)]
     frames = unpatchify(features, grid, patch_size)
     return frames if size is None else frames[: size.frames, : size.height, : size.width]

@@ -263,8 +263,8 @@ def _resize(frames: Tensor, options: Preprocessing, generator: torch.Generator |
 def _random_size(size: Size, min_size: Size, generator: torch.Generator | None) -> Size:
     if size[0] < min_size[0] or size[1] < min_size[1]:
         return scaled_size(size, min_size, size)  # nothing to draw: it must grow to the minimum
-    low = torch.tensor([min_size[0] / size[0], min_size[1] / size[1]], dtype=torch.float64)
-    first, second = (low + (1 - low) * torch.rand(2, generator=generator, dtype=torch.float64)).tolist()
+    low = torch.tensor([min_size[0] / size[0], min_size[1] / size[1]], dtype=torch.float64, device="cpu")
+    first, second = (low + (1 - low) * torch.rand(2, generator=generator, dtype=torch.float64, device="cpu")).tolist()
     return _smaller_if_allowed(size, first, second, min_size)
 
 
@@ -295,7 +295,7 @@ def _crop(frames: Tensor, options: Preprocessing, generator: torch.Generator | N
         )
     spare = [side - kept for side, kept in zip(size, target, strict=True)]
     if options.random_crop:
-        top, left = (int(torch.randint(excess + 1, (), generator=generator)) for excess in spare)
+        top, left = (int(torch.randint(excess + 1, (), generator=generator, device="cpu")) for excess in spare)
     else:
         top, left = (excess // 2 for excess in spare)
     return frames[:, top : top + target[0], left : left + target[1]]
@@ -304,11 +304,13 @@ def _crop(frames: Tensor, options: Preprocessing, generator: torch.Generator | N
 def _sampled_tokens(frames: Tensor, options: Preprocessing, generator: torch.Generator | None) -> SparseTokens:
     features = patchify(frames, options.patch_size)
     steps, rows, columns = (side // patch for side, patch in zip(frames.shape, options.patch_size, strict=False))
-    positions = grid_positions((steps, rows, columns))
+    positions = grid_positions((steps, rows, columns), torch.device("cpu"))
     features, positions = features[: options.max_tokens], positions[: options.max_tokens]
     if steps == 1 and options.max_time_offset:
-        positions[:, 0] += int(torch.randint(options.max_time_offset + 1, (), generator=generator))
+        positions[:, 0] += int(torch.randint(options.max_time_offset + 1, (), generator=generator, device="cpu"))
     if options.keep_patches < 1:
-        kept = torch.randperm(len(features), generator=generator)[: max(1, int(len(features) * options.keep_patches))]
+        kept = torch.randperm(len(features), generator=generator, device="cpu")[
+            : max(1, int(len(features) * options.keep_patches))
+        ]
         features, positions = features[kept.to(features.device)], positions[kept]
     return SparseTokens(features, positions.to(features.device), [len(features)])

@@ -243,7 +243,7 @@ class SparseTokens:
         bad = ((positions < 0) | (positions > MAX_POSITION)).any(dim=1)
         if bool(bad.any()):
             self._refuse(int(bad.int().argmax()), f"has a coordinate outside 0..{MAX_POSITION}")
-        item = torch.repeat_interleave(torch.arange(self.batch_size), self.lengths)
+        item = torch.repeat_interleave(torch.arange(self.batch_size, device="cpu"), self.lengths)
         t, x, y, z = positions.unbind(1)
         key = (((item << 12 | t) << 12 | x) << 12 | y) << 12 | z
         ordered, rows = torch.sort(key, stable=True)
@@ -254,7 +254,7 @@ class SparseTokens:
         return True
 
     def _refuse(self, row: int, what: str) -> None:
-        item = int(torch.searchsorted(self.offsets[1:], torch.tensor(row), right=True))
+        item = int(torch.searchsorted(self.offsets[1:], torch.tensor(row, device="cpu"), right=True))
         t, x, y, z = self.host_positions[row].tolist()
         raise InputError(f"row {row} (item {item}, position t={t} x={x} y={y} z={z}) {what}")
 

@@ -119,7 +119,9 @@ class _TileDecoder:
         if self.planner is None:
             return self.network.decode(tile)
         latents = self.network.checked_latents(tile)
-        plan = self.planner.next(latents.host_positions.long(), torch.zeros(latents.num_tokens, dtype=torch.int64))
+        plan = self.planner.next(
+            latents.host_positions.long(), torch.zeros(latents.num_tokens, dtype=torch.int64, device="cpu")
+        )
         return latents.with_features(self.network.decode_tile(latents.features, plan, self.caches))
 
 

@@ -234,7 +234,7 @@ class TokenWriter:
 
     def finish(self, origin: Origin, lengths: Tensor | Sequence[int]) -> None:
         """Write the file. `lengths` are the tokens of each item, summing to the rows appended."""
-        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
         if self._dtype is None or int(lengths.sum()) != self.num_tokens or len(lengths) != len(origin.sizes):
             raise InputError(f"{self.path}: lengths {lengths.tolist()} do not fit {self.num_tokens} tokens")
         # Only now is it known whether all indices and positions fit 16 bits.
@@ -301,8 +301,9 @@ class TokenReader:
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Features or indices (as int32) and positions (int32) of rows start..stop."""
-        values: Tensor = self._values[start:stop]
-        return values.int() if self.discrete else values, self._positions[start:stop].int()
+        with torch.device("cpu"):  # safetensors puts slices, unlike whole tensors, on the default device
+            values: Tensor = self._values[start:stop]
+            return values.int() if self.discrete else values, self._positions[start:stop].int()
 
     def tokens(self, start: int, lengths: list[int]) -> SparseTokens:
         """Whole items from row `start` on, checked.

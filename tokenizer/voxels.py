@@ -130,7 +130,9 @@ def surface_points(depth: Tensor, cameras: Cameras, generator: torch.Generator |
     """
     views, height, width = depth.shape
     depth = depth.float()
-    v, u = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+    v, u = torch.meshgrid(
+        torch.arange(height, device="cpu") / height, torch.arange(width, device="cpu") / width, indexing="ij"
+    )
     pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).reshape(1, -1, 3)
     rays = pixels @ torch.linalg.inv(cameras.intrinsics).transpose(1, 2)
     local = F.pad(rays * depth.reshape(views, -1, 1), (0, 1), value=1.0)
@@ -154,7 +156,7 @@ def occupied_voxels(points: Tensor, resolution: int = RESOLUTION) -> Tensor:
         centre = (cell + side + 0.5) / resolution - 0.5
         neighbour += side * ((centre - points).abs() <= 0.5 / resolution)
     corners = torch.stack([low, high]).long()
-    choice = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    choice = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * 3)
     filled = torch.stack([corners[choice[:, axis], :, axis] for axis in range(3)], dim=-1).reshape(-1, 3)
     filled = filled[((filled >= 0) & (filled < resolution)).all(dim=1)]
     key = torch.unique((filled[:, 0] * resolution + filled[:, 1]) * resolution + filled[:, 2])
@@ -190,7 +192,7 @@ def nearest_view_features(coordinates: Tensor, cameras: Cameras, maps: Tensor, r
     centres = (coordinates.float() + 0.5) / resolution - 0.5
     local = F.pad(centres, (0, 1), value=1.0) @ cameras.world_to_camera.transpose(1, 2)
     view = local[..., 2].argmin(dim=0)
-    chosen = local[view, torch.arange(len(view)), :3]
+    chosen = local[view, torch.arange(len(view), device="cpu"), :3]
     projected = (cameras.intrinsics[view] @ chosen[:, :, None])[..., 0]
     u, v = (projected[:, :2] / projected[:, 2:]).unbind(1)
     height, width = maps.shape[2:]

@@ -134,7 +134,7 @@ def _surface_pixels(views: Views, resolution: int) -> _SurfacePixels:
         raise InputError(f"this packing rule needs depth as large as the views, got {size} and {views.size}")
     view, row, column = torch.nonzero(views.depth >= 0, as_tuple=True)
     depth = views.depth[view, row, column].float()
-    image = torch.stack([(column + 0.5) / size, (row + 0.5) / size, torch.ones(len(row))], dim=1)
+    image = torch.stack([(column + 0.5) / size, (row + 0.5) / size, torch.ones(len(row), device="cpu")], dim=1)
     inverse = torch.linalg.inv(views.cameras.intrinsics.float())
     local = (inverse[view] @ image[:, :, None])[..., 0] * depth[:, None]
     to_world = torch.linalg.inv(views.cameras.world_to_camera.float())
@@ -190,7 +190,7 @@ def _octant_sums(pixels: _SurfacePixels, place: Tensor, values: Tensor) -> Tenso
     """[P, C] -> [N, 8, C + 1] sums over octants, the number of pixels last."""
     half = (place >= 0.5).long()
     slot = pixels.voxel * 8 + half[:, 0] * 4 + half[:, 1] * 2 + half[:, 2]
-    total = torch.zeros(len(pixels.coordinates) * 8, values.shape[1] + 1)
+    total = torch.zeros(len(pixels.coordinates) * 8, values.shape[1] + 1, device="cpu")
     total.index_add_(0, slot, F.pad(values, (0, 1), value=1.0))
     sums: Tensor = total.unflatten(0, (-1, 8))
     return sums
@@ -199,14 +199,14 @@ def _octant_sums(pixels: _SurfacePixels, place: Tensor, values: Tensor) -> Tenso
 def _view_cells(pixels: _SurfacePixels, cameras: Cameras, maps: Tensor, resolution: int, *, average: bool) -> Tensor:
     """[N, 768]: the cells of `maps` [V, 768, h, w] where voxels fall, in one or in all of the views that see them."""
     voxels, views = len(pixels.coordinates), len(maps)
-    seen = torch.zeros(voxels, views, dtype=torch.bool)
+    seen = torch.zeros(voxels, views, dtype=torch.bool, device="cpu")
     seen[pixels.voxel, pixels.view] = True
     centres = (pixels.coordinates.float() + 0.5) / resolution - 0.5
     place, depth = cameras.project(centres)
     if not average:
         nearest = torch.where(seen.T, depth, torch.inf).argmin(dim=0)
         seen = F.one_hot(nearest, views).bool()
-    total = torch.zeros(voxels, maps.shape[1])
+    total = torch.zeros(voxels, maps.shape[1], device="cpu")
     height, width = maps.shape[2:]
     for view in range(views):
         rows = torch.nonzero(seen[:, view])[:, 0]

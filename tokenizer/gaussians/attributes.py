@@ -105,7 +105,9 @@ class Gaussians:
             lengths: [B] int64 on the CPU, how many of them each asset gets; by default they become one asset.
         """
         chosen = {name: getattr(self, name)[rows] for name in CHANNELS}
-        return Gaussians(**chosen, lengths=torch.tensor([len(chosen["means"])]) if lengths is None else lengths)
+        return Gaussians(
+            **chosen, lengths=torch.tensor([len(chosen["means"])], device="cpu") if lengths is None else lengths
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Gaussians:
         """The same on another device or in another floating dtype; `lengths` stays on the CPU."""

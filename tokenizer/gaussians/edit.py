@@ -34,7 +34,7 @@ def merge(parts: Sequence[Gaussians]) -> Gaussians:
         named = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise InputError(f"Gaussians to merge must share dtype and device, got {named}; use .to()")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in CHANNELS}
-    return Gaussians(**joined, lengths=torch.tensor([len(joined["means"])]))
+    return Gaussians(**joined, lengths=torch.tensor([len(joined["means"])], device="cpu"))
 
 
 def transform(gaussians: Gaussians, matrix: Tensor | Sequence[Sequence[float]]) -> Gaussians:
@@ -71,12 +71,16 @@ def crop(gaussians: Gaussians, low: Sequence[float], high: Sequence[float]) -> G
     Raises:
         InputError: a corner is not three numbers, or `low` exceeds `high`.
     """
-    corners = torch.tensor([tuple(low), tuple(high)], dtype=torch.float64) if len(low) == len(high) == 3 else None
+    corners = (
+        torch.tensor([tuple(low), tuple(high)], dtype=torch.float64, device="cpu")
+        if len(low) == len(high) == 3
+        else None
+    )
     if corners is None or not bool((corners[0] <= corners[1]).all()):
         raise InputError(f"a box needs two corners x, y, z, the low one first; got {list(low)} and {list(high)}")
     lowest, highest = corners.to(gaussians.means.device)
     inside = ((gaussians.means >= lowest) & (gaussians.means <= highest)).all(dim=1)
-    asset = torch.repeat_interleave(torch.arange(len(gaussians.lengths)), gaussians.lengths)
+    asset = torch.repeat_interleave(torch.arange(len(gaussians.lengths), device="cpu"), gaussians.lengths)
     lengths = torch.bincount(asset[inside.cpu()], minlength=len(gaussians.lengths))
     return gaussians.select(inside, lengths)
 

@@ -105,7 +105,7 @@ def read_ply(path: str | os.PathLike[str]) -> Gaussians:
         first += len(piece)
     groups = torch.from_numpy(values).split([CHANNELS[field] for field in _COLUMNS], dim=1)
     fields = {field: group.contiguous() for field, group in zip(_COLUMNS, groups, strict=True)}
-    return Gaussians(**fields, lengths=torch.tensor([table.count]))
+    return Gaussians(**fields, lengths=torch.tensor([table.count], device="cpu"))
 
 
 def _check_columns(table: PlyTable, names: list[str]) -> None:

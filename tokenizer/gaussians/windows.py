@@ -66,16 +66,16 @@ def _make_windows(tokens: SparseTokens, size: int, shift: int) -> Windows:
     x, y, z = cell.unbind(1)
     _, y_count, z_count = (cell.amax(dim=0) + 1).tolist()
     per_item = (int(x.max()) + 1) * y_count * z_count
-    item = torch.repeat_interleave(torch.arange(tokens.batch_size), tokens.lengths)
+    item = torch.repeat_interleave(torch.arange(tokens.batch_size, device="cpu"), tokens.lengths)
     key = item * per_item + (x * y_count + y) * z_count + z
     present, number, lengths = torch.unique(key, return_inverse=True, return_counts=True)
 
     by_length = torch.argsort(lengths, stable=True)
     rank = torch.empty_like(by_length)
-    rank[by_length] = torch.arange(len(by_length))
+    rank[by_length] = torch.arange(len(by_length), device="cpu")
     rows = torch.argsort(rank[number], stable=True)
     inverse = torch.empty_like(rows)
-    inverse[rows] = torch.arange(len(rows))
+    inverse[rows] = torch.arange(len(rows), device="cpu")
     ordered = lengths[by_length]
     return Windows(
         number=number,

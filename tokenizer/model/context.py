@@ -62,8 +62,8 @@ class ContextPlanner:
         self.context = context
         self.device = device
         self._started = False
-        self._cached_item = torch.zeros(0, dtype=torch.int64)
-        self._cached_positions = torch.zeros(0, 4, dtype=torch.int64)
+        self._cached_item = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._cached_positions = torch.zeros(0, 4, dtype=torch.int64, device="cpu")
 
     def next(self, positions: Tensor, item: Tensor) -> Plan:
         """The plan of the next tile.
@@ -86,7 +86,7 @@ class ContextPlanner:
         cached_rows = torch.nonzero(present).flatten()
         all_item = torch.cat([self._cached_item[present], item])
         all_positions = torch.cat([self._cached_positions[present], local])
-        all_rows = torch.cat([cached_rows, torch.arange(len(item)) + len(self._cached_item)])
+        all_rows = torch.cat([cached_rows, torch.arange(len(item), device="cpu") + len(self._cached_item)])
 
         plan = self._plan(local, item, all_item, all_positions, all_rows)
         self._remember(all_item, all_positions)
@@ -101,11 +101,11 @@ class ContextPlanner:
         # Items ordered by their counts, so that equal ones form one batched attention; items without queries drop out.
         order = torch.argsort(queries * (int(keys.max()) + 1) + keys, stable=True)
         order = order[queries[order] > 0]
-        rank = torch.full((count,), count)
-        rank[order] = torch.arange(len(order))
+        rank = torch.full((count,), count, device="cpu")
+        rank[order] = torch.arange(len(order), device="cpu")
         rows = torch.argsort(rank[item], stable=True)
         inverse = torch.empty_like(rows)
-        inverse[rows] = torch.arange(len(rows))
+        inverse[rows] = torch.arange(len(rows), device="cpu")
         seen = torch.argsort(rank[all_item], stable=True)
         seen = seen[rank[all_item[seen]] < count]
 
@@ -144,7 +144,7 @@ def context_tiles(tokens: SparseTokens, stride: int, context: int) -> Iterator[t
     positions = tokens.host_positions.long()
     if not len(positions):
         return
-    item = torch.repeat_interleave(torch.arange(tokens.batch_size), tokens.lengths)
+    item = torch.repeat_interleave(torch.arange(tokens.batch_size, device="cpu"), tokens.lengths)
     time = positions[:, 0] - positions[:, 0].min()
     tile = time // stride
     order = torch.argsort(tile, stable=True)

@@ -122,25 +122,25 @@ def item_segments(tokens: SparseTokens) -> Segments:
 def _make_tile_plan(tokens: SparseTokens, steps: int) -> Plan:
     positions = tokens.host_positions.long()
     if not tokens.num_tokens:
-        empty = torch.zeros(0, dtype=torch.int64)
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
         segments = Segments.from_lengths(empty, empty, tokens.device)
         return Plan(None, None, tokens.positions, tokens.positions[:, :2], segments)
     time = positions[:, 0] - positions[:, 0].min()
     tile = time // steps
     local = positions.clone()
     local[:, 0] = time - tile * steps
-    item = torch.repeat_interleave(torch.arange(tokens.batch_size), tokens.lengths)
+    item = torch.repeat_interleave(torch.arange(tokens.batch_size, device="cpu"), tokens.lengths)
     _, segment, lengths = torch.unique(item * (int(tile.max()) + 1) + tile, return_inverse=True, return_counts=True)
 
     by_length = torch.argsort(lengths, stable=True)
     rank = torch.empty_like(by_length)
-    rank[by_length] = torch.arange(len(by_length))
+    rank[by_length] = torch.arange(len(by_length), device="cpu")
     rows = torch.argsort(rank[segment], stable=True)
     extent = segment_extent(local, segment, len(lengths))
 
     in_order = bool((rows[1:] > rows[:-1]).all())
     inverse = torch.empty_like(rows)
-    inverse[rows] = torch.arange(len(rows))
+    inverse[rows] = torch.arange(len(rows), device="cpu")
     device, sorted_lengths = tokens.device, lengths[by_length]
     return Plan(
         rows=None if in_order else _send(rows, device),

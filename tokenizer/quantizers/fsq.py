@@ -131,10 +131,10 @@ class FSQ:
 
     def all_codes(self) -> Tensor:
         """[codebook_size, d] float32: the values of every index of one codebook, in order."""
-        indices = torch.arange(self.codebook_size, dtype=torch.int32)[:, None]
+        indices = torch.arange(self.codebook_size, dtype=torch.int32, device="cpu")[:, None]
         return self.decode(indices.expand(-1, self.codebooks))[:, : len(self.levels)]
 
     @staticmethod
     def _row(numbers: tuple[int, ...] | list[int], like: Tensor) -> Tensor:
         kind = at_least_float32(like).dtype if like.is_floating_point() else like.dtype
-        return torch.tensor(numbers, dtype=kind).to(like.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=kind, device="cpu").to(like.device, non_blocking=True)
