@@ -22,7 +22,14 @@ from tokenizer.losses.weights import LossWeights
 from tokenizer.model.posterior import Posterior
 from tokenizer.training.curriculum.config import OptimizerSettings, RunConfig
 from tokenizer.training.curriculum.objective import make_objective
-from tokenizer.training.curriculum.optimization import Average, averaging_weight, group_of, make_optimizers, rate_at
+from tokenizer.training.curriculum.optimization import (
+    Average,
+    averaging_weight,
+    group_of,
+    make_optimizers,
+    rate_at,
+    set_rates,
+)
 from tokenizer.training.curriculum.preparation import Preparer, stream_seed
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.start import starting_model
@@ -245,6 +252,18 @@ def test_parameters_are_grouped_as_published() -> None:
     assert frozen >= slow
     assert "network.encoder.to_posterior.weight" not in slow
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_the_rate_of_a_group_in_the_log_is_that_of_its_matrices(decay: float) -> None:
+    made, _ = engine(smoke(1))
+    optimizers = make_optimizers(made.model, OptimizerSettings(lr=1e-3, plain_lr=1e-5, weight_decay=decay))
+    assert set_rates(optimizers, 5e-4) == pytest.approx({"encoder": 5e-5, "rest": 5e-4})
+    names = {id(parameter): name for name, parameter in made.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
+    assert rates["network.decoder.transformer.blocks.0.mlp.up.weight"] == pytest.approx(5e-4)
+    scale = next(name for name in rates if name.startswith("network.decoder.") and name.endswith(".scale"))
+    assert rates[scale] == pytest.approx(5e-6)
 
 
 def test_averages_follow_and_swapping_twice_is_nothing() -> None:

@@ -23,8 +23,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW over a `TrainedModel` (PAPER 4): the encoder at its own rate, matrices alone decayed.
 
-    With `muon_lr`, Muon trains the matrices inside transformer blocks. Each group has a "name" and a "factor" of the
-    learning rate; `set_rates` reads them.
+    With `muon_lr`, Muon trains the matrices inside transformer blocks. Each group has a "name", a "factor" of the
+    learning rate, and "plain" where none of its parameters may be decayed; `set_rates` reads them.
 
     Args:
         shared: parameters are shared out (FSDP2), which the fused kernel does not take on every device.
@@ -46,6 +46,7 @@ def make_optimizers(
             "weight_decay": 0.0 if sort == "plain" else settings.weight_decay,
             "name": rate if sort != "muon" else f"{rate} matrices",
             "factor": _factor(rate, sort, settings),
+            "plain": sort == "plain",
         }
         (muon if sort == "muon" else adamw).append(group)
     optimizers: list[torch.optim.Optimizer] = [
@@ -116,11 +117,12 @@ def rate_at(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 
 def set_rates(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> dict[str, float]:
-    """Set the rates of all groups, and return them by name; of a name's groups the decayed one's."""
+    """Set the rates of all groups, and return them by name; of a name's groups that of the matrices."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = rate * group["factor"]
-    return {group["name"]: group["lr"] for group in sorted(groups, key=lambda group: float(group["weight_decay"]))}
+    # Groups of an earlier version's state do not say what they are. A weight_decay of 0 would not tell them apart.
+    return {group["name"]: group["lr"] for group in sorted(groups, key=lambda group: not group.get("plain"))}
 
 
 def is_shared(tensor: Tensor) -> bool:
