@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +161,17 @@ def test_codes_are_fitted_to_stills_and_to_clips_or_moving_pictures() -> None:
     assert float(clips.max()) <= 0.5
     with pytest.raises(InputError, match="linear codes need 4 places"):
         sample_patches([Shown("image_reconstruction", [picture[:8, :8]])], 64, patch, seed=0)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("side", [8, 16])  # no place at all, and none for a camera to move over
+def test_pictures_too_small_for_codes_are_not_looked_at_for_ever(side: int) -> None:
+    def batches() -> Iterator[Shown]:
+        for _ in range(200):
+            yield Shown("image_reconstruction", [torch.zeros(side, side, 3)])
+        pytest.fail("looks at more and more of them")
+
+    with pytest.raises(InputError, match=r"linear codes need 3000 places .* allow larger crops"):
+        sample_patches(batches(), 48_000, (4, 4, 4), seed=0)  # type: ignore[arg-type]
 
 
 def test_a_run_reads_its_folder_relative_to_where_it_starts(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ PLACES_OF_ITEM = 2
 """Places that are looked at in one picture or clip, at most: codes fitted to a few places of many crops fit new
 pictures better than to many places of a few."""
 
+_PATIENCE = 100
+"""Batches that are looked at for one place of each sort."""
+
 FASTEST = 2
 """Pixels that a moving camera moves between two frames, at most, along each axis."""
 
@@ -51,13 +54,15 @@ def sample_patches(batches: Iterable[StepBatch], count: int, patch_size: PatchSi
             for frames in tokens_to_pixels(batch.tokens(patch_size=patch_size), None, patch_size):
                 _look(rng, frames, batch.task == VIDEO_RECONSTRUCTION, patch_size, (stills, clips, moved))
         enough = len(clips) >= places or (not clips and len(moved) >= places)
-        if (len(stills) >= places and enough) or number > 100 * places:
+        # Where pictures or clips are all too small there would be no end of looking.
+        fewest = min(len(stills), len(clips) + len(moved))
+        if (len(stills) >= places and enough) or number > _PATIENCE * min(places, 1 + fewest):
             break
     found = clips if len(clips) >= places else clips + moved
     if len(stills) < places or len(found) < places:
         raise InputError(
             f"linear codes need {places} places of {NEIGHBOURS} x {NEIGHBOURS} patches in pictures and in clips; the "
-            f"data gave {len(stills)} and {len(found)}: lower start.patches or allow larger crops"
+            f"data gave {len(stills)} and {len(found)}: lower start.patches, allow larger crops or leave out refit"
         )
     return torch.stack(stills[:places]), torch.stack(found[:places])
 
