@@ -266,6 +266,23 @@ def test_the_rate_of_a_group_in_the_log_is_that_of_its_matrices(decay: float) ->
     assert rates[scale] == pytest.approx(5e-6)
 
 
+def test_a_frozen_encoder_leaves_nothing_to_understanding_and_the_rest_is_trained(
+    sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sets)
+    # As wide as the texts, like the published models and their tower: there is no projection to train.
+    config = smoke(1, "model.encoder.width=16", "choices.sigmoid_trained=false", "optimizer.encoder_lr_factor=0")
+    made, preparer, loader = trained(config)
+    before = {name: value.clone() for name, value in made.model.named_parameters()}
+    losses = made.forward_backward(preparer([next(loader)], 0))
+    assert losses["image_understanding/semantic"] > 0
+    outcome = made.clip_and_step(0, losses["loss"])
+    assert outcome.done
+    assert outcome.norms["encoder"] > 0  # the layer that writes the posterior
+    changed = {name for name, value in made.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if group_of(name) != "encoder" and not name.startswith("alignment.")}
+
+
 def test_averages_follow_and_swapping_twice_is_nothing() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     average = Average({"p": parameter}, decay=0.5, warmup=1001)

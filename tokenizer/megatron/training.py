@@ -161,7 +161,8 @@ class MegatronEngine:
 
     def _one_by_one(self, part: Prepared) -> Losses:
         loss, losses = self._losses(part, self.wrapped(part.tokens, part.task, self._generator(part.seed)))
-        (loss * self.processes.world).backward()
+        if loss.requires_grad:  # as in the plain engine
+            (loss * self.processes.world).backward()
         return losses
 
     def _pipelined(self, prepared: Sequence[Prepared]) -> list[Losses]:

@@ -124,7 +124,8 @@ class TorchEngine:
                 loss, terms = self.objective(
                     part, outputs, alignment.scale if alignment is not None else None, self.model.gaussians
                 )
-            (factor * loss).backward()
+            if loss.requires_grad:  # where the encoder is frozen, nothing may be left that understanding trains
+                (factor * loss).backward()
             sums["loss"] += loss.detach()
             for name, term in terms.items():
                 sums[name] += term
