@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from tests.tokenizer.test_checkpoints import contents, full_disk, refused
+from tokenizer.config import load_config
+from tokenizer.errors import InputError
 from tokenizer.training.curriculum.optimization import Average
 from tokenizer.training.curriculum.records import forget_log_after
+from tokenizer.training.gaussian_trainer import GaussianTrainConfig
 from tokenizer.training.progress import Progress
 from tokenizer.training.state import load_state, save_state
 
@@ -121,6 +124,20 @@ def test_other_settings_are_another_run(tmp_path: Path) -> None:
         text = refused(lambda: run.load(tmp_path, **changes))  # noqa: B023
         assert text.startswith(f"{tmp_path / 'state.pt'} belongs to a run with other settings ({key}); ")
     assert run.load(tmp_path, steps=9, save_every=1).step == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("seed=-1", "seed must lie in"),
+        ("loss.l2=-1", "must not be negative"),
+        ("loss.alpha=.nan", "loss.alpha must be a finite number, got nan"),
+        ("optimizer.weight_decay=.inf", "optimizer.weight_decay must be a finite number, got inf"),
+    ],
+)
+def test_settings_of_gaussians_that_make_no_sense_are_refused_at_once(setting: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_config(GaussianTrainConfig, ROOT / "configs/tokenizer/nano-gaussians.yaml", [setting])
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04"])

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from tokenizer.losses.gaussians import rendering_terms
 from tokenizer.sparse import SparseTokens
 from tokenizer.tensorio import write_pt
 from tokenizer.training.asset_store import StoredAsset, decode_all, decoded_voxels, random_views, read_store
-from tokenizer.training.curriculum.config import OptimizerSettings
+from tokenizer.training.curriculum.config import OptimizerSettings, not_finite
 from tokenizer.training.curriculum.interruption import Interruption, exit_status
 from tokenizer.training.curriculum.launch import choose_device
 from tokenizer.training.curriculum.optimization import Average, make_optimizers, rate_at, set_rates
@@ -68,6 +68,10 @@ class GaussianLossConfig:
     l1: float = 1.0
     l2: float = 1.0
     alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.l1, self.l2, self.alpha) < 0:
+            raise InputError(f"weights of the loss must not be negative, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +109,10 @@ class GaussianTrainConfig:
             raise InputError("out is empty; name the folder of the run, for example out=runs/first")
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"precision must be fp32 or bf16, got '{self.precision}'")
+        if odd := next(not_finite(asdict(self), ""), None):
+            raise InputError(f"{odd[0]} must be a finite number, got {odd[1]}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
 
 
 class GaussianTrainer:

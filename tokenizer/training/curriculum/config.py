@@ -274,7 +274,7 @@ class RunConfig:
                 raise InputError(f"{name} must be at least 1, got {count}")
         if not self.out.strip():
             raise InputError("out is empty; name the folder of the run, for example out=runs/first")
-        if odd := next(_not_finite(asdict(self), ""), None):
+        if odd := next(not_finite(asdict(self), ""), None):
             raise InputError(f"{odd[0]} must be a finite number, got {odd[1]}; checkpoints and logs hold no other")
         known = [option.name for option in fields(ParallelConfig)]
         if unknown := sorted(self.megatron.keys() - set(known)):
@@ -298,16 +298,16 @@ class RunConfig:
         network_config(self)
 
 
-def _not_finite(value: Any, name: str) -> Iterator[tuple[str, float]]:
+def not_finite(value: Any, name: str) -> Iterator[tuple[str, float]]:
     """Numbers that are infinite or NaN, with their dotted names."""
     if isinstance(value, float) and not math.isfinite(value):
         yield name, value
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _not_finite(part, f"{name}.{key}" if name else str(key))
+            yield from not_finite(part, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         for number, part in enumerate(value):
-            yield from _not_finite(part, f"{name}[{number}]")
+            yield from not_finite(part, f"{name}[{number}]")
 
 
 def network_config(config: RunConfig) -> ATokenConfig:
