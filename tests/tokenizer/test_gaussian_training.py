@@ -270,7 +270,9 @@ def test_many_steps_that_are_not_finite_end_the_run_with_its_state(
     monkeypatch.setattr(gaussian_trainer, "MAX_BAD_STEPS", 2)
     made = trainer(tmp_path / "row")
     spoil(made, {1: math.nan, 3: math.nan, 4: math.nan})
-    with pytest.raises(InputError, match="2 steps in a row up to step 4 had a loss or gradient that is not finite"):
+    with pytest.raises(
+        InputError, match=r"2 steps in a row up to step 4 had a loss or gradient .* another out= folder"
+    ):
         made.run()
     again = trainer(tmp_path / "row")
     # States come after every second step: this one was saved for the failure.

@@ -272,8 +272,9 @@ class GaussianTrainer:
         if progress.bad_row >= MAX_BAD_STEPS:
             self._save()
             raise InputError(
-                f"{progress.bad_row} steps in a row up to step {step} had a loss or gradient that is not finite; lower "
-                f"optimizer.lr or look at what they were made on in {path.parent}"
+                f"{progress.bad_row} steps in a row up to step {step} had a loss or gradient that is not finite; begin "
+                f"again with a lower optimizer.lr and another out= folder, or look at what they were made on in "
+                f"{path.parent}"
             )
 
     def _loss(self, voxels: SparseTokens, pictures: Tensor, cameras: Cameras) -> tuple[Tensor, dict[str, float]]:
