@@ -23,10 +23,11 @@ from tokenizer.errors import InputError
 from tokenizer.evaluation.command.understanding import find_alignment
 from tokenizer.text import alignment
 from tokenizer.text.alignment import load_text_alignment
-from tokenizer.training.curriculum import launch, records
+from tokenizer.training.curriculum import launch, loop, records
 from tokenizer.training.curriculum.checkpoint import newest_good
 from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.launch import train
+from tokenizer.training.curriculum.start import starting_model
 from tokenizer.training.curriculum.torch_engine import TorchEngine
 
 CPU = torch.device("cpu")
@@ -253,6 +254,33 @@ def test_bad_input_is_one_line_before_the_first_step(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused(lambda: pictures_alone(out, f"data.sources={json.dumps(empty)}"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_voxels_are_packed_as_the_model_will_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ("start={kind: scratch}", f"out={tmp_path}/run", "log.pictures_every=100")
+    released = "gaussians.packing=released"
+    said = "packed by the rule 'surface' on a grid of 64, but gaussians has packing '{}' and resolution {}"
+    assert said.format("released", 64) in refused(lambda: smoke(3, *run, released))
+    assert said.format("surface", 32) in refused(lambda: smoke(3, *run, "gaussians.resolution=32"))
+    # What is trained on is looked at too, when it comes.
+    ratios = "data.ratios={asset_reconstruction: 1, asset_understanding: 1}"
+    sources = [source for source in smoke(3).data["sources"] if source["task"].startswith(("asset", "image_u"))]
+    apart = (*run, "validation.sources=[]", ratios, f"data.sources={json.dumps(sources)}", "steps=2")
+    assert said.format("released", 64) in refused(lambda: smoke(3, *apart, released))
+    # A run from before anybody looked is told what its voxels are, and goes on.
+    with monkeypatch.context() as before:
+        before.setattr(loop, "check_voxels", lambda *_: None)
+        assert train(smoke(3, *apart, released, "steps=1"), CPU) == 0
+    assert train(smoke(3, *apart), CPU) == 0
+    found = AToken.from_pretrained(tmp_path / "run" / "model").gaussian_decoder
+    assert found is not None
+    assert found.config.packing == "surface"
+    # So does the next stage, with its weights.
+    config = smoke(4, f"start={{kind: model, source: {tmp_path}/run}}", "gaussians.packing=average")
+    decoder = starting_model(config, StubTower(), lambda: []).gaussians
+    assert decoder is not None
+    assert torch.equal(decoder.embed.weight, found.embed.weight.float())
 
 
 def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

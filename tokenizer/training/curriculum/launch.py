@@ -29,6 +29,7 @@ from tokenizer.training.curriculum.loop import Loop
 from tokenizer.training.curriculum.meeting import one_voice, process_group
 from tokenizer.training.curriculum.model import TrainedModel
 from tokenizer.training.curriculum.objective import Objective, make_objective
+from tokenizer.training.curriculum.packed import check_voxels
 from tokenizer.training.curriculum.preparation import Preparer
 from tokenizer.training.curriculum.processes import Processes
 from tokenizer.training.curriculum.records import Records
@@ -101,6 +102,8 @@ def train(
         held_out = find_held_out(config.loader)(
             config.validation.sources, budget=config.validation.budget, limit=config.validation.limit
         )
+        if config.gaussians is not None:
+            check_voxels(chain.from_iterable(held_out.values()), config.gaussians)
         tower = None if config.text.tower == "none" else open_tower(config.text.tower, config.text.folder, device)
         teacher = _teacher(config, tower, device)
         objective = make_objective(config, device)

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokenizer.training.curriculum.config import RunConfig
 from tokenizer.training.curriculum.engine import Engine, Outcome, ShardedEngine
 from tokenizer.training.curriculum.flops import Work
 from tokenizer.training.curriculum.interruption import Interruption, exit_status
+from tokenizer.training.curriculum.packed import check_voxels
 from tokenizer.training.curriculum.pictures import Pair, pairs_of, save_sheet
 from tokenizer.training.curriculum.preparation import Prepared, Preparer
 from tokenizer.training.curriculum.processes import Processes
@@ -44,12 +46,12 @@ MAY_CHANGE = frozenset(
     | {"peak_tflops", "start", "megatron", "fp8", "compile", "recompute", "attention"}
     | {f"optimizer.{name}" for name in ("lr", "min_lr", "plain_lr", "warmup", "schedule", "decay_fraction")}
     | {f"optimizer.{name}" for name in ("weight_decay", "max_grad_norm", "ema", "ema_warmup")}
-    | {"text.folder"}
+    | {"text.folder", "gaussians.packing"}
 )
 """Settings that a run may go on with changed. The loader judges its own; without a checkpoint `start` has its say. FP8
 is how products are rounded, not what is trained: a run may end in bfloat16, or go on in FP8 after a careful start; and
-which kernels compute, and when, is up to the machine that it goes on with, and so is where frozen networks lie. Rates
-may be lowered where steps failed."""
+which kernels compute, and when, is up to the machine that it goes on with, and so is where frozen networks lie. How
+voxels were packed is told of data that stay what they are. Rates may be lowered where steps failed."""
 
 MEASURED_ON = frozenset({"validation.sources", "validation.limit", "validation.budget"})
 """Settings with which scores cannot be compared with those of before; what is above the budget is not measured."""
@@ -161,6 +163,8 @@ class Loop:
         step, began = self.progress.step, time.perf_counter()
         turns = self._turns(step)
         waited = time.perf_counter() - began
+        if self.gaussians is not None:
+            check_voxels(chain.from_iterable(turns), self.gaussians.config)
         prepared = self.preparer(turns, step)
         losses = self.engine.forward_backward(prepared)
         outcome = self.engine.clip_and_step(step, losses["loss"])

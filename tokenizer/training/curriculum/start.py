@@ -218,7 +218,11 @@ def _gaussians(
     decoder = GaussianDecoder(config.gaussians)
     if config.start.gaussians is not None and not comes_later:
         decoder.load_state_dict(_trained_gaussians(config.start.gaussians, config.gaussians).state_dict())
-    elif previous is not None and previous.gaussians is not None and previous.gaussians.config == config.gaussians:
+    elif (
+        previous is not None
+        and previous.gaussians is not None
+        and replace(previous.gaussians.config, packing=config.gaussians.packing) == config.gaussians
+    ):
         decoder.load_state_dict(previous.gaussians.state_dict())
     else:
         decoder.reset_parameters(generator)

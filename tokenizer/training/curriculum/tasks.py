@@ -21,6 +21,11 @@ def is_understanding(task: str) -> bool:
     return task.endswith("_understanding")
 
 
+def is_asset(task: str) -> bool:
+    """Whether a task is of voxels."""
+    return task.startswith("asset")
+
+
 def is_video(task: str) -> bool:
     """Whether all frames of a patch hold something; stills and voxels fill the first alone."""
     return task.startswith("video")
