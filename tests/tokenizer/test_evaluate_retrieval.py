@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenizer.evaluation.bootstrap import bootstrap_mean, bootstrap_ratio
-from tokenizer.evaluation.command.understanding import retrieval
+from tokenizer.evaluation.command.understanding import retrieval, zero_shot
 from tokenizer.text.zero_shot import retrieve
 
 COUNT, WIDTH = 80, 128
@@ -76,3 +76,33 @@ def test_hits_tell_which_captions_are_right() -> None:
     assert found.text_hits[1].tolist() == [True, False, True, False]
     assert found.text_hits[2].tolist() == [True, True, True, True]
     assert found.text_to_image == {1: 0.5, 2: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("samples", "captions", "wanted"),
+    [
+        (2, 1, {"t2v_r1", "v2t_r1"}),
+        (5, 1, {"t2v_r1", "v2t_r1"}),
+        (6, 1, {"t2v_r1", "t2v_r5", "v2t_r1", "v2t_r5"}),
+        (5, 2, {"t2v_r1", "v2t_r1", "v2t_r5"}),  # eight captions are of others
+        (10, 1, {"t2v_r1", "t2v_r5", "v2t_r1", "v2t_r5"}),
+        (11, 1, {"t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10"}),
+    ],
+)
+def test_recalls_that_nobody_can_miss_are_left_out(samples: int, captions: int, wanted: set[str]) -> None:
+    words = {str(n): [f"{n} words {word}" for word in range(captions)] for n in range(samples)}
+    wrong = Oracle(torch.zeros(COUNT, dtype=torch.bool))
+    found = retrieval({str(n): VECTORS[n] for n in range(samples)}, words, wrong, seed=0)
+    assert found is not None
+    assert set(found["figures"]) == wanted
+
+
+@pytest.mark.parametrize(("classes", "wanted"), [(4, {"top1"}), (5, {"top1"}), (6, {"top1", "top5"})])
+def test_the_five_nearest_of_five_classes_are_no_figure(classes: int, wanted: set[str]) -> None:
+    vectors = {str(n): VECTORS[n] for n in range(classes)}
+    names = {f"class {n}": f"{n}" for n in range(classes)}
+    labels = {str(n): f"class {n}" for n in range(classes)}
+    found = zero_shot(vectors, labels, names, Oracle(torch.ones(COUNT, dtype=torch.bool)), ["{} of them"], seed=0)
+    assert found is not None
+    assert set(found["figures"]) == wanted
+    assert found["figures"]["top1"]["value"] == 1

@@ -114,7 +114,8 @@ def zero_shot(
     prompts: Sequence[str],
     seed: int,
 ) -> dict[str, Any] | None:
-    """Accuracies of naming the class of each sample; None where fewer than two classes are known.
+    """Accuracies of naming the class of each sample; None where fewer than two classes are known. Left out are those
+    that nobody can miss, such as that of the five nearest of five classes.
 
     Args:
         vectors: by sample.
@@ -133,7 +134,8 @@ def zero_shot(
     items = torch.stack([vectors[sample] for sample in used])
     truth = torch.tensor([classes.index(known[sample]) for sample in used])
     wanted = class_vectors(tower, list(names.values()), prompts).cpu()
-    found = classify(items, wanted, truth, top=TOP)
+    # Among as many as there are, every class is found.
+    found = classify(items, wanted, truth, top=[k for k in TOP if k < len(classes)])
     return {
         "figures": {f"top{k}": _interval(share, len(used), seed) for k, share in found.top.items()},
         "majority": found.majority,
@@ -147,7 +149,8 @@ def zero_shot(
 def retrieval(
     vectors: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]], tower: TextTower, seed: int
 ) -> dict[str, Any] | None:
-    """Recall of the sample of each caption, and of a caption of each sample; None with fewer than two samples.
+    """Recall of the sample of each caption, and of a caption of each sample; None with fewer than two samples. Left out
+    are those that nobody can miss, such as that of the ten nearest of ten samples.
 
     Both have intervals over samples: captions of one sample are right and wrong together.
     """
@@ -159,11 +162,18 @@ def retrieval(
     owners = torch.tensor([number for number, _ in pairs])
     found = retrieve(torch.stack([vectors[sample] for sample in used]), texts, owners, at=RECALLS)
     described = torch.bincount(owners)
+    # Where no k others are there to stand before the right one, it is always found.
+    others_of_text, others_of_sample = len(used) - 1, len(pairs) - int(described.min())
     to_sample = {
         f"t2v_r{k}": asdict(bootstrap_ratio(torch.bincount(owners, weights=hits.double()), described, seed))
         for k, hits in found.text_hits.items()
+        if k <= others_of_text
     }
-    to_text = {f"v2t_r{k}": _interval(share, len(used), seed) for k, share in found.image_to_text.items()}
+    to_text = {
+        f"v2t_r{k}": _interval(share, len(used), seed)
+        for k, share in found.image_to_text.items()
+        if k <= others_of_sample
+    }
     return {"figures": {**to_sample, **to_text}, "samples": len(used), "captions": len(pairs), "tower": tower.name}
 
 
