@@ -27,6 +27,7 @@ from tokenizer.evaluation.command.diffusers_codec import load_diffusers
 from tokenizer.evaluation.command.evaluate import evaluate
 from tokenizer.evaluation.command.plots import Series, rate_distortion
 from tokenizer.evaluation.command.presets import find_preset
+from tokenizer.evaluation.command.runner import Runner
 from tokenizer.evaluation.command.samples import load_sample
 from tokenizer.evaluation.command.systems import ATokenSystem
 from tokenizer.evaluation.linear_code import LinearCodes
@@ -249,3 +250,29 @@ class TestCard:
         assert main([str(out / "results.json")]) == 1
         assert "other weights" in capsys.readouterr().err
         assert card.read_text() == text
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"models": [], "adapters": ["tests.tokenizer.evaluation_files:Coarse"]}, "'coarse' is not a bundled"),
+            ({}, "has no lines '<!-- figures on data: written by atoken evaluate --card -->'"),
+        ],
+    )
+    def test_figures_that_no_card_has_a_place_for_are_not_measured(
+        self,
+        tmp_path: Path,
+        bundled: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        changes: dict[str, Any],
+        message: str,
+    ) -> None:
+        model = tmp_path / "models" / "atoken-nano"
+        model.mkdir(parents=True)
+        for file in (bundled / "atoken-nano").iterdir():
+            (model / file.name).symlink_to(file)
+        (model / "README.md").write_text("# a card of other sets\n")
+        monkeypatch.setattr(checkpoints, "PRETRAINED", model.parent)
+        monkeypatch.setattr(Runner, "run", None)
+        with pytest.raises(InputError, match=message):
+            evaluate(options(picture_folder(tmp_path / "data", 2), tmp_path / "out", card=True, **changes), load)
+        assert not (tmp_path / "out").exists()

@@ -103,6 +103,7 @@ def evaluate(
         fvd_weights=fvd_weights,
         limit=limit,
         seed=seed,
+        card=card,
         command=_command(),
     )
     with ProgressBars(0) as bars:

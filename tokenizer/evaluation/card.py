@@ -56,23 +56,39 @@ def update_card(results: Results, samples: Sequence[Mapping[str, Any]]) -> Path:
         InputError: the first system is no bundled model, was measured with other weights than are bundled, or its card
             has no place for figures.
     """
-    name = next(iter(results["systems"]))
-    folder = bundled_models().get(name)
-    if folder is None:
-        raise InputError(f"--card: '{name}' is not a bundled model; cards are theirs")
-    measured = results["systems"][name]
-    bundled = file_checksum(name), parts_digests(AToken.from_pretrained(name))
-    if (measured.get("weights_sha256"), measured.get("parts")) != bundled:
-        raise InputError(f"--card: these results are of other weights than those bundled as '{name}'; measure again")
-    card = folder / CARD
+    card = find_card(results["systems"], results["data"]["source"])
     text, begin = card.read_text(encoding="utf-8"), begin_mark(results["data"]["source"])
     start = text.find(begin)
     end = text.find(END, start)
-    if start < 0 or end < 0:
-        raise InputError(f"{card}: has no lines '{begin}' and '{END}' to write figures between")
     with atomic_path(card) as temporary:
         figures = card_figures(results, samples)
         temporary.write_text(f"{text[:start]}{begin}\n{figures}\n{text[end:]}", encoding="utf-8")
+    return card
+
+
+def find_card(systems: Mapping[str, Any], data: str) -> Path:
+    """The card that figures are written into, which can be told before anything is measured.
+
+    Args:
+        systems: facts of each by name, as results have them.
+        data: what --data named.
+
+    Raises:
+        InputError: as `update_card`.
+    """
+    name = next(iter(systems))
+    folder = bundled_models().get(name)
+    if folder is None:
+        raise InputError(f"--card: '{name}' is not a bundled model; cards are theirs")
+    measured = systems[name]
+    bundled = file_checksum(name), parts_digests(AToken.from_pretrained(name))
+    if (measured.get("weights_sha256"), measured.get("parts")) != bundled:
+        raise InputError(f"--card: '{name}' has other weights than those bundled, whose figures alone its card takes")
+    card = folder / CARD
+    text, begin = card.read_text(encoding="utf-8"), begin_mark(data)
+    start = text.find(begin)
+    if start < 0 or text.find(END, start) < 0:
+        raise InputError(f"{card}: has no lines '{begin}' and '{END}' to write figures between")
     return card
 
 

@@ -17,6 +17,7 @@ import torch
 
 from tokenizer.api import AToken
 from tokenizer.errors import InputError
+from tokenizer.evaluation.card import find_card
 from tokenizer.evaluation.command import baselines
 from tokenizer.evaluation.command.datasets import open_source, read_captions, read_labels
 from tokenizer.evaluation.command.diffusers_codec import load_diffusers
@@ -60,6 +61,7 @@ class Options:
     linear: a saved linear code, or a run's configuration, to fit one to its data. text: folder of a text tower.
     prompts: sentences around a class name, with {} in its place; by default those of the kind of sample.
     fid_weights, fvd_weights: by default looked for in the user's cache.
+    card: whether the figures go into the card of a bundled model; if they cannot, nothing is measured.
     command: as it was typed, for the record.
     """
 
@@ -82,6 +84,7 @@ class Options:
     fvd_weights: Path | None = None
     limit: int | None = None
     seed: int = 0
+    card: bool = False
     command: str = ""
 
     def wants(self, metric: str) -> bool:
@@ -140,6 +143,8 @@ def evaluate(options: Options, load_model: LoadModel, progress: Progress | None 
         options = replace(options, device=processes.device(options.device), preset=_asked_for(options))
         notes = _Notes(progress.remark)
         plan, facts = _plan(options, load_model, processes, notes)
+        if options.card:
+            find_card(plan.arguments["systems"], plan.arguments["data"]["source"])
         earlier = _finished(options.out, plan.arguments)
         if earlier is not None:
             if processes.rank:
