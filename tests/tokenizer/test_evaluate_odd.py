@@ -16,12 +16,13 @@ from PIL import Image
 
 from tests.tokenizer.evaluation_files import Coarse, options, scene, write_clip
 from tokenizer.errors import InputError
+from tokenizer.evaluation.accumulate import Records
 from tokenizer.evaluation.command import baselines, datasets, runner, samples
 from tokenizer.evaluation.command.baselines import CODERS, Coder, SameRate, best_within
 from tokenizer.evaluation.command.datasets import FileSource
 from tokenizer.evaluation.command.evaluate import evaluate
-from tokenizer.evaluation.command.examples import _example
-from tokenizer.evaluation.command.measurement import Found, Known, Measurement
+from tokenizer.evaluation.command.examples import _example, _ranking
+from tokenizer.evaluation.command.measurement import Found, Known, Measurement, chosen_samples
 from tokenizer.evaluation.command.names import printable, told_apart
 from tokenizer.evaluation.command.samples import Sample
 from tokenizer.evaluation.command.systems import NotHandledError
@@ -298,3 +299,25 @@ def test_files_of_one_name_from_several_folders_are_two_samples(tmp_path: Path) 
         save_image(scene(number, 24, 20)[0], tmp_path / part / "a.png")
     source = FileSource([("a.png", tmp_path / part / "a.png") for part in ("x", "y")], "mine")
     assert [raw.id for raw in source.read([0, 1])] == ["a.png", "a.png.2"]
+
+
+def test_examples_are_shown_whichever_figure_was_asked_for(tmp_path: Path) -> None:
+    data, out = pictures(tmp_path / "data"), tmp_path / "out"
+    write_clip(data / "clip.webm", scene(3, 24, 20, 4))
+    run(data, out, metrics=frozenset({"ssim"}))
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    found = {line["id"]: line["systems"]["coarse"]["ssim"] for line in lines if line["kind"] == "image"}
+    page = (out / "report.html").read_text()
+    assert [page.count(tag) for tag in ("<img", "<video")] == [6, 1]
+    for rank, place in (("Best", -1), ("Median", 1), ("Worst", 0)):
+        assert f"<h3>{rank}: <code>{sorted(found, key=found.__getitem__)[place]}</code>" in page
+
+
+def test_the_best_example_has_the_least_lpips_where_nothing_else_is_known() -> None:
+    records = Records()
+    for name, value in {"a": 0.3, "b": 0.1, "c": 0.2}.items():
+        records.add(name, {"bits": 8.0, "lpips_alexnet": value})
+    assert chosen_samples(_ranking(records)) == {"best": "b", "median": "c", "worst": "a"}
+    records.add("d", {"bits": 8.0, "psnr": 30.0})
+    assert _ranking(records) == {"d": 30.0}
+    assert not _ranking(Records())

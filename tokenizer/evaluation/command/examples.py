@@ -18,8 +18,10 @@ import numpy as np
 from PIL import Image
 
 from tokenizer.errors import InputError
+from tokenizer.evaluation.accumulate import Records
 from tokenizer.evaluation.command.measurement import Measurement, chosen_samples
 from tokenizer.evaluation.command.presets import KINDS, Kind
+from tokenizer.evaluation.command.results import COLUMNS
 from tokenizer.evaluation.command.runner import Plan
 from tokenizer.evaluation.command.samples import Frames, Sample, load_sample
 from tokenizer.evaluation.command.systems import NotHandledError
@@ -34,6 +36,8 @@ WEBP_SIDE: Final = 16383
 CLIP_WIDTH: Final = 320
 CLIP_FRAMES: Final = 96
 _GAP: Final = 4
+_RANKING: Final = ("psnr", "ssim", "lpips_vgg16", "lpips_alexnet")
+"""Figures that tell the best sample from the worst; of these the run may have been asked for one alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +69,13 @@ class Example:
 def make_examples(
     plan: Plan, measurement: Measurement, on_example: Callable[[], object] = lambda: None
 ) -> list[Example]:
-    """Examples of each kind, by PSNR of the first system that has any."""
+    """Examples of each kind, by the first of `_RANKING` that the first system has."""
     found = []
     for kind in KINDS:
         rows = [system.name for system in plan.systems if (kind, system.name) in measurement.records]
         if not rows:
             continue
-        values = measurement.records[kind, rows[0]].values("psnr")
-        for rank, name in chosen_samples(values).items():
+        for rank, name in chosen_samples(_ranking(measurement.records[kind, rows[0]])).items():
             number = measurement.known[name].number
             sample = load_sample(next(iter(plan.source.read([number]))), plan.preset)
             copies = _copies(plan, sample)
@@ -80,6 +83,13 @@ def make_examples(
             found.append(_example(kind, rank, sample, copies, figures))
             on_example()
     return found
+
+
+def _ranking(records: Records) -> dict[str, float]:
+    """A figure of which more is better, by sample; empty where nothing tells how good the samples are."""
+    ranked = ((records.values(name), COLUMNS[name].better) for name in _RANKING)
+    values, better = next(((values, better) for values, better in ranked if values), ({}, 1))
+    return {sample: better * value for sample, value in values.items()}
 
 
 def _copies(plan: Plan, sample: Sample) -> dict[str, Frames]:
@@ -130,7 +140,9 @@ def _player(
         with VideoWriter(path, rate, *clip.shape[1:3]) as writer:
             writer.write(clip)
         data = path.read_bytes()
-    told = [f"{name} ({figures[name]['psnr']:.2f} dB)" if name in figures else name for name in everything]
+    told = [
+        f"{name} ({figures[name]['psnr']:.2f} dB)" if "psnr" in figures.get(name, {}) else name for name in everything
+    ]
     title = "from left to right: " + ", ".join(told)
     shown = f"the first {len(clip)} of {len(sample.frames)} frames" if len(clip) < len(sample.frames) else ""
     return Example("video", rank, sample.id, [Panel(title, "video/webm", data)], shown)
