@@ -27,6 +27,7 @@ from tokenizer import AToken
 from tokenizer.cli import main
 from tokenizer.errors import InputError
 from tokenizer.evaluation.command.evaluate import Progress, evaluate
+from tokenizer.evaluation.command.identity import checksum
 from tokenizer.evaluation.command.measurement import chosen_samples
 from tokenizer.evaluation.command.presets import PRESETS, find_preset
 from tokenizer.evaluation.command.results import COLUMNS
@@ -339,3 +340,21 @@ def test_the_command_prints_json_and_one_line_of_errors(
     assert (status, out) == (1, "")
     assert err.startswith("error: --out results: holds an evaluation with other arguments (preset")
     assert err.count("\n") == 1
+
+
+def test_discrete_results_name_the_model_that_was_measured(
+    tmp_path: Path, bundled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = picture_folder(tmp_path / "data", 2)
+    command = ["evaluate", "--data", str(data), "--model", "atoken-nano", "--discrete", "--metrics", "psnr"]
+    with pytest.raises(SystemExit):
+        main([*command, "--baselines", "none", "--out", str(tmp_path / "out"), "--json"])
+    results = json.loads(capsys.readouterr().out)
+    assert list(results["systems"]) == list(results["kinds"]["image"]) == ["atoken-nano-d"]
+    system = results["systems"]["atoken-nano-d"]
+    assert (system["source"], system["discrete"]) == ("atoken-nano-d", True)
+    assert system["weights_sha256"] == checksum(bundled / "atoken-nano-d" / "model.safetensors")
+    assert system["weights_sha256"] != checksum(bundled / "atoken-nano" / "model.safetensors")
+    with pytest.raises(SystemExit):
+        main([*command, "--model", "atoken-nano-d", "--out", str(tmp_path / "twice")])
+    assert "two systems are called 'atoken-nano-d'" in capsys.readouterr().err

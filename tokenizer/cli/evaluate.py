@@ -69,7 +69,7 @@ def evaluate(
       atoken demo --out atoken-demo
       atoken evaluate --model atoken-nano --data atoken-demo/coffee.jpg --preset imagenet-256 --out evaluation
     """
-    from tokenizer.cli.models import choose_device, choose_dtype, load_model
+    from tokenizer.cli.models import choose_device, choose_dtype, load_model, with_discrete
     from tokenizer.cli.progress import ProgressBars
     from tokenizer.evaluation.command.evaluate import Options, Progress
     from tokenizer.evaluation.command.evaluate import evaluate as run
@@ -84,7 +84,8 @@ def evaluate(
         return loaded
 
     options = Options(
-        models=model or [],
+        # By the name of what is measured, whose file results and cards state.
+        models=[with_discrete(name, discrete=discrete) for name in model or []],
         data=data,
         out=out,
         preset=find_preset(preset),

@@ -34,13 +34,17 @@ def load_model(name: str, device: str, dtype: str, *, discrete: bool) -> AToken:
         InputError: no such model or device, files that do not fit, or a continuous model for `discrete`.
     """
     place = choose_device(device)
-    if discrete and f"{name}-d" in bundled_models():
-        name = f"{name}-d"
+    name = with_discrete(name, discrete=discrete)
     model = AToken.from_pretrained(name, device=place, dtype=choose_dtype(dtype, place))
     if discrete and model.quantizer is None:
         known = ", ".join(found for found, config in bundled_configs().items() if config.quantizer) or "none"
         raise InputError(f"--discrete: '{name}' is a continuous model; bundled discrete models: {known}")
     return model
+
+
+def with_discrete(name: str, *, discrete: bool) -> str:
+    """The model that is loaded: for `discrete` the discrete sibling of a bundled model that has one."""
+    return f"{name}-d" if discrete and f"{name}-d" in bundled_models() else name
 
 
 def choose_device(name: str) -> torch.device:
