@@ -10,9 +10,11 @@ its kind, frames, height, width and frame rate.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -271,7 +273,8 @@ class TokenReader:
             raise InputError(f"{self.path}: no such file")
         opener: Any = safe_open  # safetensors ships no types for what it returns
         try:
-            self._file = opener(str(self.path), framework="pt")
+            with _readable(self.path) as path:
+                self._file = opener(str(path), framework="pt")
             metadata = self._file.metadata() or {}
             names = set(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
@@ -346,6 +349,20 @@ class TokenReader:
         for start in range(0, self.num_tokens, rows):
             values, positions = self.rows(start, min(start + rows, self.num_tokens))
             yield SparseTokens(values, positions, [len(values)])
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """A path by which safetensors opens a file: it takes names in UTF-8 alone, and old archives hold others."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "tokens"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def _header(origin: Origin, tensors: Sequence[tuple[str, torch.dtype, list[int]]]) -> bytes:

@@ -194,3 +194,18 @@ class TestPipes:
 
     def test_a_device_too(self, atoken: Atoken) -> None:  # noqa: F811
         assert "/dev/null: is a pipe or a device" in refused(atoken, "encode", "/dev/null", "--out", "x.atok")
+
+
+class TestTokenFiles:
+    def test_names_that_are_not_utf_8_are_read_as_they_are_written(self, atoken: Atoken, picture: Pixels) -> None:  # noqa: F811
+        name = os.fsdecode(b"caf\xe9")
+        save_image(picture, "a.png")
+        Path("in").mkdir()
+        try:
+            Path("a.png").rename(f"in/{name}.png")
+        except OSError:
+            pytest.skip("this file system has no such names")
+        assert atoken("encode", "in", "--out", "tokens").status == 0
+        assert atoken("decode", "tokens", "--out", "out").status == 0
+        assert atoken("decode", f"tokens/{name}.atok", "--out", "one.png").status == 0
+        np.testing.assert_array_equal(load_image(f"out/{name}.png"), load_image("one.png"))
