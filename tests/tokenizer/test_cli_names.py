@@ -197,6 +197,14 @@ class TestPipes:
 
 
 class TestTokenFiles:
+    def test_a_damaged_one_is_a_failure_in_json_whatever_out_is(self, atoken: Atoken) -> None:  # noqa: F811
+        Path("a.atok").write_bytes(b"damaged")
+        for out in ("out", "out.png", "out/"):
+            outcome = atoken("decode", "a.atok", "--out", out, "--json")
+            assert outcome.status == 1
+            assert [failure["source"] for failure in outcome.json["failures"]] == ["a.atok"]
+            assert outcome.json["failures"][0]["error"].startswith("a.atok: not a token file")
+
     def test_names_that_are_not_utf_8_are_read_as_they_are_written(self, atoken: Atoken, picture: Pixels) -> None:  # noqa: F811
         name = os.fsdecode(b"caf\xe9")
         save_image(picture, "a.png")

@@ -355,7 +355,10 @@ def _is_one_video(inputs: Sequence[str]) -> bool:
 
     if len(inputs) != 1 or not Path(inputs[0]).is_file():
         return False
-    return TokenReader(inputs[0]).origin.sizes[0].kind == "video"
+    try:
+        return TokenReader(inputs[0]).origin.sizes[0].kind == "video"
+    except InputError:  # reported when it is its turn
+        return False
 
 
 def _maker(path: Path) -> str:
