@@ -197,6 +197,16 @@ class TestPipes:
 
 
 class TestTokenFiles:
+    def test_hidden_folders_are_left_out(self, atoken: Atoken, picture: Pixels) -> None:  # noqa: F811
+        """As `encode` leaves them out: nobody asks for copies of what a synchroniser keeps."""
+        save_image(picture, "a.png")
+        for name in ("in/a.atok", "in/.trash/b.atok", "in/sub/.old/deep/c.atok", "in/.d.atok"):
+            assert atoken("encode", "a.png", "--out", name).status == 0
+        assert atoken("decode", "in", "--out", "out").status == 0
+        assert files_below(Path("out")) == ["a.png"]
+        assert atoken("decode", "in/.trash", "--out", "asked").status == 0
+        assert files_below(Path("asked")) == ["b.png"]
+
     def test_a_damaged_one_is_a_failure_in_json_whatever_out_is(self, atoken: Atoken) -> None:  # noqa: F811
         Path("a.atok").write_bytes(b"damaged")
         for out in ("out", "out.png", "out/"):

@@ -375,7 +375,11 @@ def _maker(path: Path) -> str:
 def _find_token_files(folder: Path) -> list[Path]:
     from tokenizer.tokenfile import SUFFIX
 
-    found = sorted(path for path in folder.rglob(f"*{SUFFIX}") if path.is_file() and not path.name.startswith("."))
+    found = sorted(
+        path
+        for path in folder.rglob(f"*{SUFFIX}")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not found:
         raise InputError(f"{folder}: no {SUFFIX} files in it")
     return found
