@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,8 +121,9 @@ def record(key: str, files: dict[str, bytes], facts: dict[str, Any], **more: Any
 
 
 def key_of(name: str) -> str:
-    """The key of a file: its name in the set without ending, and without the dots that would end a key."""
-    return os.path.splitext(name)[0].replace(".", "_")  # noqa: PTH122 - a name, not a path on this machine
+    """The key of a file: its name in the set without ending, without the dots that would end a key and without the
+    control characters that no key may have."""
+    return re.sub(r"[.\x00-\x1f\x7f]", "_", os.path.splitext(name)[0])  # noqa: PTH122 - a name, not a path on this machine
 
 
 def encoded_clip(frames: NDArray[np.uint8], fps: Fraction | float) -> bytes:

@@ -273,6 +273,18 @@ def test_two_files_of_one_key_are_named_before_anything_is_written(
     assert not out.exists()
 
 
+def test_a_line_break_in_a_name_ends_no_run(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "two\nlines").mkdir(parents=True)
+    for number, name in enumerate(("a.png", "b\nc.png", "two\nlines/d\t\x7f.png")):
+        Image.fromarray(pixels(number)).save(folder / name)
+    (folder / "b\nc.txt").write_text("a caption")
+    assert run("shard", "images", folder, "--out", out, "--workers", 1) == 0
+    found = samples(read_set(out))
+    assert {key: raw.caption() for key, raw in found.items()} == {"a": None, "b_c": "a caption", "two_lines/d__": None}
+    assert found["b_c"].facts()["file"] == "b\nc.png"
+
+
 def test_odd_words_beside_a_file_end_no_run(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
