@@ -155,7 +155,7 @@ def build(
     name: Annotated[str, typer.Argument(help="One of `atoken data list`.", show_default=False)],
     out: Out,
     source: Annotated[Path | None, typer.Option("--from", help="Where the files lie, if not in a package.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.", min=0)] = 0,
     limit: Annotated[int | None, typer.Option(help="Only this many samples of each split.", min=1)] = None,
     max_side: Annotated[
         int | None, typer.Option(help="Reduce larger pictures to this side (photographs, clips).", min=64)

@@ -182,6 +182,13 @@ def test_what_cannot_be_sharded_is_said_in_one_line(
     assert (tmp_path / "taken" / "shard-000000.tar").read_bytes() == b"mine"
 
 
+def test_a_seed_below_zero_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "build", "clips", "--out", tmp_path / "out", "--seed", -1) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Invalid value for '--seed'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tables_of_captions(tmp_path: Path) -> None:
     table = tmp_path / "t.jsonl"
     table.write_text('{"file": "x/a.png", "caption": "first", "score": 0.5}\n\n{"file": "b.png", "label": "dog"}\n')

@@ -279,6 +279,7 @@ class TestUnderstanding:
         ({"baselines": ["png"]}, "--baselines png: unknown"),
         ({"models": []}, "nothing to measure"),
         ({"limit": 0}, "--limit must be at least 1"),
+        ({"seed": -1}, "--seed must be at least 0"),
         ({"adapters": ["nonsense"]}, "write module:Class"),
         ({"adapters": ["nowhere.at.all:X"]}, "nowhere"),
         ({"adapters": ["pathlib:Path"]}, "has no 'encode'"),
@@ -291,7 +292,7 @@ def test_options_that_make_no_sense_end_in_one_line(tmp_path: Path, changes: dic
     data = picture_folder(tmp_path / "data", 1)
     with pytest.raises(InputError, match=message):
         run(data, tmp_path / "out", **changes)
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out").exists(), "nothing is measured before that is said"
 
 
 def test_presets_state_their_protocol_and_keep_it() -> None:

@@ -217,6 +217,8 @@ def _plan(options: Options, load_model: LoadModel, processes: Processes, notes: 
     """What is measured, and what the results say about it."""
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit must be at least 1, got {options.limit}")
+    if options.seed < 0:  # the bootstrap would say so when everything has been measured
+        raise InputError(f"--seed must be at least 0, got {options.seed}")
     if options.prompts:
         check_prompts(options.prompts)
     source, labels = open_source(options.data, read_captions(options.captions)), read_labels(options.labels)
