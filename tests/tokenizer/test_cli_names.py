@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tokenizer.assets.pipeline import asset_views
 from tokenizer.cli import inputs
 from tokenizer.cli.codec import FileCodec, reconstructed_files
 from tokenizer.cli.jobs import plan_jobs
+from tokenizer.cli.outcome import run
 from tokenizer.demo import CLIP, PHOTOGRAPH
 from tokenizer.media import load_image, save_image
 
@@ -227,3 +230,21 @@ class TestTokenFiles:
         assert atoken("decode", "tokens", "--out", "out").status == 0
         assert atoken("decode", f"tokens/{name}.atok", "--out", "one.png").status == 0
         np.testing.assert_array_equal(load_image(f"out/{name}.png"), load_image("one.png"))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "wanted"),
+    [
+        ("ascii", "surrogateescape", b"R\\u2192 \\udcff\n"),  # the locale C where UTF-8 mode is off
+        ("ascii", "strict", b"R\\u2192 \\udcff\n"),
+        ("utf-8", "strict", "R\u2192 \\udcff\n".encode()),
+        ("UTF8", "surrogateescape", "R\u2192 ".encode() + b"\xff\n"),
+    ],
+)
+def test_what_the_output_cannot_say_is_escaped(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str, wanted: bytes
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors=errors, newline="\n"))
+    assert run(lambda: print("R\u2192 \udcff", flush=True)) == 0
+    assert written.getvalue() == wanted

@@ -6,6 +6,7 @@ SIGHUP. Results go to stdout; errors, progress and remarks to stderr.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -34,8 +35,11 @@ def run(command: Callable[[], object]) -> int:
     # Remarks of libraries about files (Pillow on odd EXIF blocks) are not part of the output.
     if not debugging():
         warnings.filterwarnings("ignore")
-    # File names may hold what the terminal's encoding cannot say.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    # File names and tables may hold what the terminal's encoding cannot say. In the locale C Python lets the bytes of
+    # names pass, but nothing else.
+    if isinstance(sys.stdout, io.TextIOWrapper) and (
+        sys.stdout.errors == "strict" or codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    ):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command()
