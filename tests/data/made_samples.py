@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import json
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -85,3 +87,26 @@ def raw(
 def raw_asset(key: str = "000001") -> Raw:
     files, facts = asset_files()
     return raw(files, key, facts)
+
+
+def encoded(pixels: NDArray[np.uint8], container_format: str, codec: str, pixel_format: str) -> bytes:
+    """A clip that shows one picture, uint8 [H, W, 3] or with alpha [H, W, 4], three times, as FFmpeg writes it."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container_format) as container:
+        # libvpx takes alpha only without hidden frames.
+        stream: Any = container.add_stream(codec, rate=25, options={"auto-alt-ref": "0"} if codec == "libvpx" else {})
+        stream.height, stream.width = pixels.shape[:2]
+        stream.pix_fmt = pixel_format
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[2] == 4 else "rgb24")
+            container.mux(stream.encode(frame.reformat(format=pixel_format)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def displayed(mp4: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An MP4 with another display matrix: (a, b, c, d) takes (x, y), y down, to (a x + c y, b x + d y) (ISO/IEC
+    14496-12, 6.2.2)."""
+    a, b, c, d = (value << 16 for value in matrix)
+    place = mp4.index(b"tkhd") + 4 + 40
+    return mp4[:place] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + mp4[place + 36 :]

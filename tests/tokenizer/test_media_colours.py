@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.made_samples import encoded
 from tests.tokenizer.test_media import png16
 from tokenizer.errors import InputError
 from tokenizer.media import VideoReader, VideoWriter, load_image, media_kind
@@ -113,20 +113,10 @@ def test_transparent_videos_are_on_white(
     ending: str, codec: str, pixel_format: str, has_alpha: bool, tmp_path: Path
 ) -> None:
     """As pictures and animated pictures are. Without that, what lies below shows, which is black in most files."""
-    import av
-
     pixels = np.full((64, 96, 4), (200, 100, 0, 255), np.uint8)
     pixels[:, 32:64, 3], pixels[:, 64:, 3] = 51, 0
     path = tmp_path / f"x.{ending}"
-    with av.open(str(path), "w") as container:
-        # libvpx takes alpha only without hidden frames.
-        stream: Any = container.add_stream(codec, rate=25, options={"auto-alt-ref": "0"} if codec == "libvpx" else {})
-        stream.width, stream.height, stream.pix_fmt = 96, 64, pixel_format
-        for _ in range(3):
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format=pixel_format))
-            )
-        container.mux(stream.encode())
+    path.write_bytes(encoded(pixels, ending, codec, pixel_format))
     frames = VideoReader(path).read()
     assert len(frames) == 3
     plain, half, clear = (frames[:, 8:-8, column : column + 16].mean(axis=(0, 1, 2)) for column in (8, 40, 72))

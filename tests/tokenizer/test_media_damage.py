@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.data.made_samples import displayed, encoded
 from tokenizer.errors import InputError
 from tokenizer.media import VideoReader, media_kind
 from tokenizer.media.containers import index_frames
@@ -108,24 +108,14 @@ def test_a_frame_larger_than_its_animation_is_no_bomb(tmp_path: Path) -> None:
     ],
 )
 def test_mirrored_and_turned_films_are_upright(tmp_path: Path, matrix: tuple[int, int, int, int], shown: str) -> None:
-    """The matrix takes (x, y), y down, to (a x + c y, b x + d y) (ISO/IEC 14496-12, 6.2.2)."""
     path = tmp_path / "film.mp4"
     colours = {"R": (255, 0, 0), "G": (0, 255, 0), "B": (0, 0, 255), "W": (255, 255, 255)}
     quarters = np.array([[colours["R"], colours["G"]], [colours["B"], colours["W"]]], np.uint8)
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        pixels = quarters.repeat(32, axis=0).repeat(48, axis=1)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    data = bytearray(path.read_bytes())
-    a, b, c, d = (value << 16 for value in matrix)
-    place = data.index(b"tkhd") + 4 + 40
-    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+    plain = encoded(quarters.repeat(32, axis=0).repeat(48, axis=1), "mp4", "libx264", "yuv420p")
+    path.write_bytes(displayed(plain, matrix))
 
     reader = VideoReader(path)
-    assert (reader.height, reader.width) == ((96, 64) if a == 0 else (64, 96))
+    assert (reader.height, reader.width) == ((96, 64) if matrix[0] == 0 else (64, 96))
     frame = reader.read()[0]
     middles = frame[reader.height // 4 :: reader.height // 2, reader.width // 4 :: reader.width // 2] > 128
     names = {tuple(value > 128 for value in colour): name for name, colour in colours.items()}
